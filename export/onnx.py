@@ -1,0 +1,80 @@
+"""ONNX files through torch's dynamo exporter, cleaned and checked."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+import onnxscript
+import torch
+
+from pocketsam.export.graphs import DecoderGraph, EncoderGraph, example_inputs
+from pocketsam.specs import GraphSpec
+
+OPSET = 20
+
+
+class OnnxExporter:
+    """Writes ``onnx/<graph>.<precision>.onnx``: opset 20, weights inside, symbolic prompt batch in the decoder."""
+
+    name = "onnx"
+    runtime = "onnxruntime"
+    extension = "onnx"
+    precisions = ("fp32",)
+
+    @staticmethod
+    def tools() -> dict[str, str]:
+        """Versions that an artifact depends on."""
+        return {"torch": torch.__version__, "onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
+
+    @staticmethod
+    def export(graph: EncoderGraph | DecoderGraph, spec: GraphSpec, precision: str, path: Path) -> None:
+        """Convert one graph and write it."""
+        # Two prompts in the example, because a batch of one would be frozen as a constant.
+        inputs = example_inputs(spec, batch=2)
+        batch = torch.export.Dim("batch", min=1, max=4096)
+        shapes = tuple({0: batch} if isinstance(t.shape[0], str) else None for t in spec.inputs)
+        # DecoderGraph takes *inputs, which torch.export sees as one tuple.
+        dynamic = (shapes,) if isinstance(graph, DecoderGraph) else None
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                graph, inputs, dynamo=True, opset_version=OPSET, input_names=spec.input_names,
+                output_names=spec.output_names, dynamic_shapes=dynamic, verbose=False, optimize=True)
+            assert program is not None
+            program.save(str(path), external_data=False)
+        _finish(path, spec)
+
+
+def _finish(path: Path, spec: GraphSpec) -> None:
+    """Name the symbolic sizes as the contract does, drop exporter notes, and check the file."""
+    model = onnx.load(str(path))
+    for info, tensor in zip([*model.graph.input, *model.graph.output], [*spec.inputs, *spec.outputs], strict=True):
+        for dim, size in zip(info.type.tensor_type.shape.dim, tensor.shape, strict=True):
+            if isinstance(size, str):
+                dim.dim_param = size
+    for node in model.graph.node:
+        del node.metadata_props[:]
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+        del value.metadata_props[:]
+    del model.graph.metadata_props[:]
+    del model.graph.value_info[:]
+    onnx.checker.check_model(model, full_check=False)
+    onnx.save(model, str(path))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns about torchvision, tree specs and renamed sizes; none concerns the user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,185 @@
+"""From a checkpoint to a bundle: convert, measure against PyTorch, refuse what fails its gate, write atomically."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pocketsam
+from pocketsam import registry
+from pocketsam.api import open_bundle
+from pocketsam.bundle import MANIFEST, Artifact, Bundle, read_bundle, to_json
+from pocketsam.errors import BundleError, OutputError, ParityError, UnknownName, UsageError
+from pocketsam.export import rewrites
+from pocketsam.export.graphs import DecoderGraph, EncoderGraph
+from pocketsam.files import sha256_file, staged_folder
+from pocketsam.images import ImageLike, Rgb, load_rgb
+from pocketsam.models.checkpoints import licence_of
+from pocketsam.models.loading import load_model, weights_sha256
+from pocketsam.parity import GATES, compare
+from pocketsam.photos import photo_paths
+from pocketsam.predictor import Predictor
+from pocketsam.specs import DEFAULT_SLOTS, GraphSpec, ModelSpec, TensorSpec
+
+Report = Callable[[str], None]
+PARITY_IMAGES = 3
+
+
+def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], precisions: Sequence[str], out: Path,
+                  slots: int = DEFAULT_SLOTS, gate: float | None = None, images: Sequence[ImageLike] | None = None,
+                  report: Report = lambda text: None) -> Bundle:
+    """Export a model and prove every artifact against the PyTorch reference.
+
+    Args:
+        model: registry name.
+        checkpoint: official checkpoint file.
+        formats, precisions: what to make, e.g. ``["onnx"]`` and ``["fp32"]``.
+        out: the bundle folder; an existing bundle is extended, unchanged artifacts are kept as they are.
+        slots: fixed prompt slots of the decoder.
+        gate: least mean mask agreement; by default 0.999 for fp32.
+        images: images to measure on; by default photos that ship with the package.
+        report: called with one line per step.
+
+    Raises:
+        CheckpointError, UnknownName, UsageError: bad input.
+        ParityError: an artifact misses its gate; nothing is written.
+        OutputError: the folder cannot be written.
+    """
+    exporters = _check(formats, precisions, slots, gate)
+    old = _existing(out)
+    rgbs = [load_rgb(i) for i in images] if images else [load_rgb(p) for p in photo_paths()[:PARITY_IMAGES]]
+    report(f"loading {checkpoint}")
+    loaded = load_model(model, checkpoint)
+    sha256 = weights_sha256(loaded)
+    weights = {"sha256": sha256, "file": checkpoint.name, "file_sha256": sha256_file(checkpoint),
+               "licence": licence_of(model)}
+    spec = loaded.spec
+    rewrites.prepare(loaded)
+    kept = [] if old is None or old.weights_sha256 != sha256 or old.slots != slots else list(old.artifacts)
+    tools = {"pocketsam": pocketsam.__version__, "python": platform.python_version()}
+    with staged_folder(out) as staging:
+        rows: list[Artifact] = []
+        for exporter in exporters:
+            tools |= exporter.tools()
+            for precision in precisions:
+                for graph in ("encoder", "decoder"):
+                    rows.append(_make(exporter, loaded, graph, precision, slots, sha256, kept, old, staging, report))
+        rows += _carry_over(kept, rows, old, staging)
+        del loaded
+        gc.collect()
+        bundle = Bundle(staging, spec, slots, weights, tools, tuple(rows))
+        bundle = _prove(bundle, model, checkpoint, exporters, precisions, gate, rgbs, report)
+        (staging / MANIFEST).write_text(to_json(bundle), encoding="utf-8")
+    report(f"wrote {out}")
+    return replace(bundle, root=out)
+
+
+def _check(formats: Sequence[str], precisions: Sequence[str], slots: int, gate: float | None) -> list[Any]:
+    if not formats or not precisions:
+        raise UsageError("nothing to export: name at least one format and one precision.")
+    if not 2 <= slots <= 512:
+        raise UsageError(f"slots is {slots}; expected 2 to 512 (a box takes two).")
+    if gate is not None and not 0 <= gate <= 1:
+        raise UsageError(f"gate is {gate}; expected a mask IoU from 0 to 1.")
+    exporters = [registry.load("format", f) for f in dict.fromkeys(formats)]
+    for exporter in exporters:
+        for precision in precisions:
+            if precision not in exporter.precisions:
+                raise UnknownName(f"precision of {exporter.name}", precision, exporter.precisions)
+    return exporters
+
+
+def _existing(out: Path) -> Bundle | None:
+    """The bundle that is already there; refuses to replace a folder that is anything else, or an unwritable place."""
+    parent = next(p for p in (out.parent, *out.parent.parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"cannot write {out}: {parent} is not a writable folder; choose another place.")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / MANIFEST).is_file():
+        raise OutputError(f"{out} exists and is not a bundle; choose another folder or remove it.")
+    try:
+        return read_bundle(out)
+    except BundleError:
+        # A damaged or foreign-version bundle cannot be extended; it is replaced only when the new one is complete.
+        return None
+
+
+def _make(exporter: Any, model: Any, graph: str, precision: str, slots: int, sha256: str, kept: list[Artifact],
+          old: Bundle | None, staging: Path, report: Report) -> Artifact:
+    module: EncoderGraph | DecoderGraph = (
+        EncoderGraph(model) if graph == "encoder" else DecoderGraph(model, slots)).eval()
+    spec: ModelSpec = model.spec
+    graph_spec = spec.encoder_graph() if graph == "encoder" else spec.decoder_graph(slots)
+    relative = f"{exporter.name}/{graph}.{precision}.{exporter.extension}"
+    path = staging / relative
+    path.parent.mkdir(exist_ok=True)
+    key = _key(spec, graph_spec, exporter, precision, sha256)
+    same = next((a for a in kept if a.path == relative and a.key == key), None)
+    if same is not None and old is not None and _copy(old, same, path):
+        report(f"kept {relative}")
+        return same
+    report(f"exporting {relative}")
+    exporter.export(module, graph_spec, precision, path)
+    return Artifact(relative, graph, exporter.name, precision, sha256_file(path), path.stat().st_size,
+                    _rows(graph_spec.inputs), _rows(graph_spec.outputs), key)
+
+
+def _copy(old: Bundle, row: Artifact, path: Path) -> bool:
+    """Bring an unchanged artifact over; False if the old file is no longer intact."""
+    try:
+        source = old.file(row)
+    except BundleError:
+        return False
+    path.parent.mkdir(exist_ok=True, parents=True)
+    shutil.copyfile(source, path)
+    return True
+
+
+def _carry_over(kept: list[Artifact], rows: list[Artifact], old: Bundle | None, staging: Path) -> list[Artifact]:
+    """Artifacts of other formats that the existing bundle holds for the same weights."""
+    made = {r.path for r in rows}
+    return [] if old is None else [a for a in kept if a.path not in made and _copy(old, a, staging / a.path)]
+
+
+def _prove(bundle: Bundle, model: str, checkpoint: Path, exporters: Sequence[Any], precisions: Sequence[str],
+           gate: float | None, images: list[Rgb], report: Report) -> Bundle:
+    """Measure each new pair of graphs against a fresh, unmodified PyTorch model."""
+    reference = Predictor(registry.load("runtime", "pytorch").from_checkpoint(model, checkpoint))
+    rows = list(bundle.artifacts)
+    for exporter in exporters:
+        for precision in precisions:
+            pair = [i for i, a in enumerate(rows) if (a.format, a.precision) == (exporter.name, precision)]
+            if all(rows[i].measured for i in pair):
+                continue
+            report(f"measuring {exporter.name} {precision} on {len(images)} images")
+            candidate = Predictor(open_bundle(bundle, exporter.runtime, precision))
+            measured = compare(reference, candidate, images).summary()
+            limit = GATES[precision] if gate is None else gate
+            if not measured["all"]["mean"] >= limit:
+                raise ParityError(
+                    f"{exporter.name} {precision} agrees with PyTorch by a mean mask IoU of "
+                    f"{measured['all']['mean']:.4f} (worst {measured['all']['worst']:.4f}), below the gate of {limit}; "
+                    "nothing was written.")
+            for i in pair:
+                rows[i] = replace(rows[i], measured={"runtime": exporter.runtime, "gate": limit, **measured})
+    return replace(bundle, artifacts=tuple(rows))
+
+
+def _key(spec: ModelSpec, graph: GraphSpec, exporter: Any, precision: str, sha256: str) -> str:
+    """Everything an artifact depends on; a change of any of it rebuilds the artifact."""
+    data = {"spec": spec.to_json(), "graph": asdict(graph), "format": exporter.name, "precision": precision,
+            "weights": sha256, "tools": exporter.tools(), "pocketsam": pocketsam.__version__}
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _rows(tensors: Sequence[TensorSpec]) -> list[dict[str, Any]]:
+    return [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in tensors]

@@ -1,0 +1,199 @@
+"""Exact rewrites of a model before conversion. Each states its reason; tests hold each to float rounding.
+
+They change the model in place: export works on its own instance, never on the PyTorch reference.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pocketsam.models.mask_decoder import Attention, MaskDecoder, TwoWayBlock
+from pocketsam.models.sam import SegmentAnything
+from pocketsam.models.tiny_vit import Attention as WindowAttention
+from pocketsam.models.tiny_vit import ConvBn
+
+
+@torch.no_grad()
+def prepare(model: SegmentAnything) -> SegmentAnything:
+    """Apply every rewrite that fits the model."""
+    fuse_conv_bn(model)
+    freeze_window_bias(model)
+    fold_std(model)
+    absorb_projections(model.mask_decoder)
+    return model.requires_grad_(False)
+
+
+def fuse_conv_bn(module: nn.Module) -> None:
+    """Reason: converters fold BatchNorm only when they recognise it; here every format gets one plain convolution."""
+    for name, child in module.named_children():
+        if isinstance(child, ConvBn):
+            setattr(module, name, _fused(child.c, child.bn))
+        else:
+            fuse_conv_bn(child)
+
+
+def _fused(conv: nn.Module, bn: nn.Module) -> nn.Conv2d:
+    if not isinstance(conv, nn.Conv2d) or not isinstance(bn, nn.BatchNorm2d):
+        raise TypeError("ConvBn must hold a Conv2d and a BatchNorm2d")
+    if bn.running_mean is None or bn.running_var is None:
+        raise TypeError("BatchNorm without statistics cannot be folded")
+    scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
+    out = nn.Conv2d(conv.in_channels, conv.out_channels, (conv.kernel_size[0], conv.kernel_size[1]),
+                    (conv.stride[0], conv.stride[1]), (int(conv.padding[0]), int(conv.padding[1])), groups=conv.groups)
+    out.weight.copy_(conv.weight.double() * scale[:, None, None, None])
+    assert out.bias is not None
+    out.bias.copy_(bn.bias.double() - bn.running_mean.double() * scale)
+    return out.eval()
+
+
+def freeze_window_bias(module: nn.Module) -> None:
+    """Reason: the gather of TinyViT's bias table is constant, yet exporters leave it in the graph as GatherND."""
+    for child in module.modules():
+        if isinstance(child, WindowAttention):
+            child.frozen_bias = child.bias().detach().clone()
+
+
+def fold_std(model: SegmentAnything) -> None:
+    """Reason: dividing 3 S^2 values by the std costs more than 1 % of a small encoder; the first convolution can do it.
+
+    Zero padding stays zero under a pure scale, so this is exact up to rounding. ``EncoderGraph`` then divides by 1.
+    """
+    stem = model.image_encoder.stem
+    if not isinstance(stem, nn.Conv2d) or stem.in_channels != 3:
+        return
+    stem.weight.copy_(stem.weight.double() / torch.tensor(model.spec.std, dtype=torch.float64)[None, :, None, None])
+    model.std_folded = True
+
+
+def absorb_projections(decoder: MaskDecoder) -> None:
+    """Reason: with a dozen tokens, projecting 4096 image positions and transposing heads costs more than the attention.
+
+    With h heads of width d, token-to-image logits are q_h (x W_k,h)^T = (q_h W_k,h^T) x^T: the projection moves to
+    the token side, and likewise for values, for the image queries and for the output projection. Fewer
+    multiplications while (tokens x heads) < 2 x inner width, and no transposition of image-sized tensors.
+    """
+    transformer = decoder.transformer
+    for block in transformer.layers:
+        assert isinstance(block, TwoWayBlock)
+        block.cross_attn_token_to_image = TokenToImage(block.cross_attn_token_to_image)  # type: ignore[assignment]
+        block.cross_attn_image_to_token = ImageToToken(block.cross_attn_image_to_token)  # type: ignore[assignment]
+    final = TokenToImage(transformer.final_attn_token_to_image)
+    transformer.final_attn_token_to_image = final  # type: ignore[assignment]
+    if not decoder.high_res:
+        decoder.fast_upscale = MatmulUpscale(decoder)
+
+
+def _by_head(linear: nn.Linear, heads: int) -> Tensor:
+    """Weight (h * d, C) -> (h, d, C)."""
+    return linear.weight.detach().reshape(heads, -1, linear.in_features)
+
+
+class TokenToImage(nn.Module):
+    """Cross-attention from few tokens to many image positions, projections absorbed on the token side."""
+
+    w_k: Tensor
+    w_v: Tensor
+
+    def __init__(self, source: Attention) -> None:
+        super().__init__()
+        self.heads = source.heads
+        width = source.q_proj.out_features // source.heads
+        self.q_proj, self.out_proj = source.q_proj, source.out_proj
+        # The key bias adds the same value to every logit of a row, which softmax ignores.
+        self.register_buffer("w_k", _by_head(source.k_proj, self.heads) / math.sqrt(width))
+        self.register_buffer("w_v", _by_head(source.v_proj, self.heads).transpose(1, 2).contiguous())
+        self.v_bias = nn.Parameter(source.v_proj.bias.detach().reshape(1, self.heads, 1, width))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, T, C), image keys (B, HW, C), image values (B, HW, C) -> (B, T, C)."""
+        b, t, _ = q.shape
+        c = k.shape[-1]
+        q = self.q_proj(q).reshape(b, t, self.heads, -1).transpose(1, 2)
+        q = (q @ self.w_k).reshape(b, self.heads * t, c)
+        x = (q @ k.transpose(1, 2)).softmax(-1) @ v
+        x = x.reshape(b, self.heads, t, c) @ self.w_v + self.v_bias
+        y: Tensor = self.out_proj(x.transpose(1, 2).reshape(b, t, -1))
+        return y
+
+
+class ImageToToken(nn.Module):
+    """Cross-attention from many image positions to few tokens, projections absorbed on the token side."""
+
+    w_q: Tensor
+    w_o: Tensor
+
+    def __init__(self, source: Attention) -> None:
+        super().__init__()
+        self.heads = source.heads
+        width = source.q_proj.out_features // source.heads
+        scale = 1 / math.sqrt(width)
+        self.k_proj, self.v_proj = source.k_proj, source.v_proj
+        self.register_buffer("w_q", _by_head(source.q_proj, self.heads) * scale)
+        self.q_bias = nn.Parameter(source.q_proj.bias.detach().reshape(1, self.heads, width, 1) * scale)
+        out = source.out_proj.weight.detach()
+        self.register_buffer("w_o", out.reshape(out.shape[0], self.heads, width).permute(1, 2, 0).contiguous())
+        self.out_bias = source.out_proj.bias
+
+    def split(self, x: Tensor) -> Tensor:
+        b, t, c = x.shape
+        return x.reshape(b, t, self.heads, c // self.heads).transpose(1, 2)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Image queries (B, HW, C), tokens (B, T, C) twice, bias (B, 1, 1, T) -> (B, HW, C)."""
+        b, n, c = q.shape
+        t = k.shape[1]
+        keys, values = self.split(self.k_proj(k)), self.split(self.v_proj(v))
+        row = (keys @ self.q_bias).transpose(-1, -2)
+        if bias is not None:
+            row = row + bias
+        weight = (keys @ self.w_q).reshape(b, self.heads * t, c)
+        logits = q @ weight.transpose(1, 2) + row.reshape(b, 1, self.heads * t)
+        attention = logits.reshape(b, n, self.heads, t).softmax(-1).reshape(b, n, self.heads * t)
+        return attention @ (values @ self.w_o).reshape(b, self.heads * t, c) + self.out_bias
+
+
+class MatmulUpscale(nn.Module):
+    """Both 2x2 transposed convolutions as matrix products, channels last; only the finished masks are reordered.
+
+    Reason: kernel equals stride, so each input pixel makes its own 2x2 block; norm, activation and the product with
+    the hypernetworks act per pixel and need no spatial order. No image-sized transposition is left.
+    """
+
+    w1: Tensor
+    w2: Tensor
+    b1: Tensor
+    b2: Tensor
+
+    def __init__(self, decoder: MaskDecoder) -> None:
+        super().__init__()
+        up1, norm, act1, up2, act2 = decoder.output_upscaling
+        self.register_buffer("w1", self._as_matrix(up1))
+        self.register_buffer("w2", self._as_matrix(up2))
+        # Tiled, so that product and bias stay one Gemm.
+        self.register_buffer("b1", up1.bias.detach().repeat(4))
+        self.register_buffer("b2", up2.bias.detach().repeat(4))
+        self.norm, self.act1, self.act2 = norm, act1, act2
+
+    @staticmethod
+    def _as_matrix(conv: nn.Module) -> Tensor:
+        """(Cin, Cout, 2, 2) -> (Cin, 4 * Cout), row-major over ky, kx, Cout."""
+        assert isinstance(conv, nn.ConvTranspose2d)
+        weight = conv.weight.detach()
+        return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+
+    def forward(self, keys: Tensor, hyper: Tensor, h: int, w: int) -> Tensor:
+        """Image tokens (B, h * w, C) and hyper (B, 4, C / 8) -> masks (B, 4, 4h, 4w)."""
+        b, n, _ = keys.shape
+        c1, c2 = self.norm.weight.shape[0], hyper.shape[-1]
+        x = (keys @ self.w1 + self.b1).reshape(b, n * 4, c1)
+        x = self.act1(nn.functional.layer_norm(x, (c1,), self.norm.weight, self.norm.bias, self.norm.eps))
+        x = self.act2((x @ self.w2 + self.b2).reshape(b, n * 16, c2))
+        m = hyper.shape[1]
+        masks = hyper @ x.transpose(1, 2)
+        # Memory order is (Y, X, ky1, kx1, ky2, kx2); two 4-D transpositions make it rows and columns.
+        masks = masks.reshape(b * m * h, w, 2, 8).transpose(1, 2)
+        masks = masks.reshape(b * m * h * 2, w * 2, 2, 2).transpose(1, 2)
+        return masks.reshape(b, m, 4 * h, 4 * w)

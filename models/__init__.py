@@ -1,0 +1,1 @@
+"""Torch definitions of the Segment Anything family; this package file and ``catalog`` import without torch."""

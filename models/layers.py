@@ -1,0 +1,76 @@
+"""Building blocks that several encoders and the mask decoder share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerNorm2d(nn.Module):
+    """Layer normalisation over the channels of an NCHW tensor, eps 1e-6 (official ``modeling/common.py``).
+
+    Written as a permuted ``layer_norm`` because every runtime has one fused kernel for that.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), self.weight, self.bias, self.eps)
+        return y.permute(0, 3, 1, 2)
+
+
+class MlpBlock(nn.Module):
+    """Two linear layers with an activation between (official names ``lin1``, ``lin2``)."""
+
+    def __init__(self, dim: int, hidden: int, act: nn.Module) -> None:
+        super().__init__()
+        self.lin1 = nn.Linear(dim, hidden)
+        self.lin2 = nn.Linear(hidden, dim)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.lin2(self.act(self.lin1(x)))
+        return y
+
+
+def neck(channels: int, out: int) -> nn.Sequential:
+    """1x1 and 3x3 convolutions without bias, each followed by LayerNorm2d: the end of SAM's image encoders."""
+    return nn.Sequential(
+        nn.Conv2d(channels, out, 1, bias=False),
+        LayerNorm2d(out),
+        nn.Conv2d(out, out, 3, padding=1, bias=False),
+        LayerNorm2d(out),
+    )
+
+
+def partition_windows(x: Tensor, window: int) -> Tensor:
+    """Zero-pad an NHWC map to a multiple of ``window`` and cut it into windows.
+
+    Args:
+        x: (B, H, W, C).
+
+    Returns:
+        (B * nH * nW, window * window, C). Intermediate tensors stay at 4 dimensions, because LiteRT lowers
+        6-D transposes wrongly.
+    """
+    b, h, w, c = x.shape
+    ph, pw = -h % window, -w % window
+    if ph or pw:
+        x = F.pad(x, (0, 0, 0, pw, 0, ph))
+    rows, cols = (h + ph) // window, (w + pw) // window
+    x = x.reshape(b * rows, window, cols, window * c).transpose(1, 2)
+    return x.reshape(b * rows * cols, window * window, c)
+
+
+def merge_windows(x: Tensor, window: int, height: int, width: int) -> Tensor:
+    """Inverse of :func:`partition_windows`: (B * nH * nW, window * window, C) -> (B, height, width, C)."""
+    c = x.shape[-1]
+    rows, cols = -(-height // window), -(-width // window)
+    x = x.reshape(-1, cols, window, window * c).transpose(1, 2)
+    x = x.reshape(-1, rows * window, cols * window, c)
+    return x[:, :height, :width] if rows * window > height or cols * window > width else x

@@ -1,0 +1,127 @@
+"""Official checkpoints into our modules: unchanged keys, safe unpickling; a wrong file is named."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pocketsam import registry
+from pocketsam.errors import CheckpointError
+from pocketsam.models.checkpoints import FINGERPRINTS
+from pocketsam.models.sam import SegmentAnything
+
+StateDict = dict[str, Tensor]
+WRAPPERS = ("state_dict", "model", "model_state_dict", "ema", "module")
+COUNTERS = ".num_batches_tracked"
+
+
+def load_model(name: str, checkpoint: Path) -> SegmentAnything:
+    """Build a model and fill it strictly from a checkpoint file.
+
+    Raises:
+        CheckpointError: unreadable, unsafe, or keys and shapes of another model.
+    """
+    build = registry.load("model", name)
+    state = read_state_dict(checkpoint)
+    with torch.device("meta"):
+        expected = {k: v.shape for k, v in build().state_dict().items()}
+    _check_keys(name, checkpoint, state, expected)
+    model: SegmentAnything = build()
+    model.load_state_dict(state, strict=False, assign=False)
+    del state
+    _check_finite(model, checkpoint)
+    return model.eval().requires_grad_(False)
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """Tensors of a ``.pt``/``.pth`` or ``.safetensors`` file, unwrapped, never executing pickled code.
+
+    Raises:
+        CheckpointError: missing, damaged, or holding anything but tensors and plain containers.
+    """
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"checkpoint {path} {what}; pass the file that `pocketsam models` lists for this model.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            data: Any = load_file(path)
+        else:
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise CheckpointError(f"checkpoint {path} is damaged or holds more than weights, and was not executed "
+                              f"({_first_line(e)}); download it again from the official place.") from e
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError) as e:
+        raise CheckpointError(f"checkpoint {path} is damaged ({_first_line(e)}); download it again.") from e
+    except Exception as e:  # safetensors raises its own class, which must not be imported to be caught
+        raise CheckpointError(f"checkpoint {path} is damaged ({_first_line(e)}); download it again.") from e
+    return _unwrap(data, path)
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """Identity of a model's weights: sha256 over sorted keys and tensor bytes, without BatchNorm step counters."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        if not key.endswith(COUNTERS):
+            digest.update(key.encode())
+            digest.update(tensor.detach().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def identify(keys: dict[str, tuple[int, ...]]) -> str | None:
+    """The known architecture that a state dict's keys and shapes look like, or None."""
+    for name, prints in FINGERPRINTS.items():
+        if all(keys.get(k) == shape for k, shape in prints.items()):
+            return name
+    return None
+
+
+def _unwrap(data: Any, path: Path) -> StateDict:
+    while isinstance(data, dict) and not any(isinstance(v, Tensor) for v in data.values()):
+        inner = next((data[k] for k in WRAPPERS if isinstance(data.get(k), dict)), None)
+        if inner is None:
+            break
+        data = inner
+    if not isinstance(data, dict) or not any(isinstance(v, Tensor) for v in data.values()):
+        raise CheckpointError(f"checkpoint {path} holds no weights; expected a state dict, bare or wrapped in one of "
+                              f"{', '.join(WRAPPERS)}.")
+    tensors = {str(k): v for k, v in data.items() if isinstance(v, Tensor)}
+    if all(k.startswith("module.") for k in tensors):
+        tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
+    return tensors
+
+
+def _check_keys(name: str, path: Path, state: StateDict, expected: dict[str, torch.Size]) -> None:
+    missing = [k for k in expected if k not in state and not k.endswith(COUNTERS)]
+    unexpected = [k for k in state if k not in expected]
+    reshaped = [k for k in expected if k in state and state[k].shape != expected[k]]
+    if not (missing or unexpected or reshaped):
+        return
+    kinds = ((missing, "missing"), (unexpected, "unexpected"), (reshaped, "differently shaped"))
+    parts = [f"{len(keys)} {kind} keys ({_some(keys)})" for keys, kind in kinds if keys]
+    looks = identify({k: tuple(v.shape) for k, v in state.items()})
+    hint = f"it looks like {looks}" if looks else "it looks like no model that PocketSAM knows"
+    raise CheckpointError(f"checkpoint {path} is not {name}: {', '.join(parts)}; {hint}.")
+
+
+def _check_finite(model: torch.nn.Module, path: Path) -> None:
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"checkpoint {path} holds NaN or infinity in {key}; download it again.")
+
+
+def _some(keys: list[str], most: int = 3) -> str:
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more
+
+
+def _first_line(e: Exception) -> str:
+    text = str(e).strip().splitlines()
+    return (text[0] if text else type(e).__name__)[:160].rstrip(".")

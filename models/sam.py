@@ -1,0 +1,99 @@
+"""The promptable segmenter: image encoder, prompt encoder and mask decoder under the official key names."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pocketsam.models.catalog import SPECS
+from pocketsam.models.mask_decoder import MASKED, MaskDecoder
+from pocketsam.models.prompt_encoder import EMPTY_SLOT, PromptEncoder
+from pocketsam.models.sam_vit import SamVit
+from pocketsam.models.tiny_vit import TinyVit
+from pocketsam.specs import ModelSpec
+
+Features = dict[str, Tensor]
+
+
+class SegmentAnything(nn.Module):
+    """A model of the Segment Anything family in image mode.
+
+    Args:
+        spec: its description.
+        image_encoder: (B, 3, S, S) normalised -> features by contract name.
+    """
+
+    def __init__(self, spec: ModelSpec, image_encoder: nn.Module, prompt_encoder: PromptEncoder,
+                 mask_decoder: MaskDecoder) -> None:
+        super().__init__()
+        self.spec = spec
+        self.image_encoder = image_encoder
+        self.prompt_encoder = prompt_encoder
+        self.mask_decoder = mask_decoder
+        # Set by export once the first convolution divides by the std.
+        self.std_folded = False
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """uint8 or float (B, H, W, 3) RGB on the 0..255 scale -> (B, 3, H, W) with the model's mean and std."""
+        mean, std = (torch.tensor(v, dtype=torch.float32, device=image.device) for v in (self.spec.mean, self.spec.std))
+        return ((image.float() - mean) / std).permute(0, 3, 1, 2)
+
+    def encode(self, x: Tensor) -> Features:
+        """(B, 3, S, S) normalised and zero-padded -> features by contract name."""
+        features: Features = self.image_encoder(x)
+        return features
+
+    def decode(self, features: Features, point_coords: Tensor, point_labels: Tensor, mask_input: Tensor | None,
+               has_mask_input: Tensor | None, fixed_slots: bool = False) -> tuple[Tensor, Tensor]:
+        """Masks for a batch of prompts on one image.
+
+        Args:
+            features: from :meth:`encode`, batch 1, or batch B to decode one prompt per image.
+            point_coords: (B, N, 2) XY pixels in the S x S frame.
+            point_labels: (B, N): 1, 0, 2 and 3 box corners, -1 padding point, -2 empty slot.
+            mask_input: (B, 1, 4h, 4w) logits, or None when no prompt has a mask.
+            has_mask_input: (B,) 0 or 1, or None as above.
+            fixed_slots: mask empty slots out of attention; off, N must hold no empty slot (the official form).
+
+        Returns:
+            low_res_masks (B, 4, 4h, 4w) and iou_predictions (B, 4).
+        """
+        encoder = self.prompt_encoder
+        tokens = encoder.points(point_coords, point_labels)
+        bias = (point_labels == EMPTY_SLOT).to(tokens.dtype) * MASKED if fixed_slots else None
+        if mask_input is None or has_mask_input is None:
+            dense = encoder.no_mask()
+        else:
+            dense = encoder.masks(mask_input, has_mask_input)
+        image = features["image_embeddings"] + dense
+        if image.shape[0] != tokens.shape[0]:
+            image = image.expand(tokens.shape[0], -1, -1, -1)
+        high_res = [features[k] for k in ("high_res_features_0", "high_res_features_1") if k in features]
+        masks: tuple[Tensor, Tensor] = self.mask_decoder(image, encoder.dense_pe(), tokens, bias, high_res)
+        return masks
+
+
+def _sam(name: str, image_encoder: nn.Module) -> SegmentAnything:
+    spec = SPECS[name]
+    prompt_encoder = PromptEncoder(spec.embed_dim, spec.embed_size, spec.image_size)
+    return SegmentAnything(spec, image_encoder, prompt_encoder, MaskDecoder(spec.embed_dim)).eval()
+
+
+def sam_vit_b() -> SegmentAnything:
+    """SAM with ViT-B (``sam_vit_b_01ec64.pth``), untrained."""
+    return _sam("sam_vit_b", SamVit(768, 12, 12, (2, 5, 8, 11)))
+
+
+def sam_vit_l() -> SegmentAnything:
+    """SAM with ViT-L (``sam_vit_l_0b3195.pth``), untrained."""
+    return _sam("sam_vit_l", SamVit(1024, 24, 16, (5, 11, 17, 23)))
+
+
+def sam_vit_h() -> SegmentAnything:
+    """SAM with ViT-H (``sam_vit_h_4b8939.pth``), untrained."""
+    return _sam("sam_vit_h", SamVit(1280, 32, 16, (7, 15, 23, 31)))
+
+
+def mobile_sam() -> SegmentAnything:
+    """MobileSAM (``mobile_sam.pt``) and TinySAM (``tinysam.pth``), untrained."""
+    return _sam("mobile_sam", TinyVit())

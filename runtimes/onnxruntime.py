@@ -1,0 +1,75 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from pocketsam.bundle import Bundle
+from pocketsam.errors import BundleError
+from pocketsam.geometry import Frame
+from pocketsam.images import Rgb
+from pocketsam.runtime import Features, Tensors
+from pocketsam.specs import GraphSpec
+
+FORMAT = "onnx"
+
+
+class OnnxRuntime:
+    """Executes ``onnx`` artifacts."""
+
+    def __init__(self, bundle: Bundle, precision: str, threads: int | None) -> None:
+        self.spec = bundle.spec
+        self.slots = bundle.slots
+        self._encoder = self._session(bundle, precision, threads, self.spec.encoder_graph())
+        self._decoder = self._session(bundle, precision, threads, self.spec.decoder_graph(self.slots))
+        self._info = {"runtime": "onnxruntime", "version": ort.__version__, "precision": precision,
+                      "threads": threads, "weights_sha256": bundle.weights_sha256}
+
+    @classmethod
+    def open(cls, bundle: Bundle, precision: str = "fp32", threads: int | None = None) -> OnnxRuntime:
+        """Open both graphs of a bundle.
+
+        Raises:
+            BundleError: an artifact is missing, damaged or does not follow the graph contract.
+        """
+        return cls(bundle, precision, threads)
+
+    def encode(self, image: Rgb, frame: Frame) -> Features:
+        names = [t.name for t in self.spec.feature_specs()]
+        return dict(zip(names, self._encoder.run(names, {"image": image}), strict=True))
+
+    def decode(self, features: Features, prompts: Tensors) -> Tensors:
+        names = self.spec.decoder_graph(self.slots).output_names
+        return dict(zip(names, self._decoder.run(names, {**features, **prompts}), strict=True))
+
+    def info(self) -> dict[str, Any]:
+        return dict(self._info)
+
+    @staticmethod
+    def _session(bundle: Bundle, precision: str, threads: int | None, graph: GraphSpec) -> ort.InferenceSession:
+        path = bundle.file(bundle.find(FORMAT, precision, graph.name))
+        session = open_session(path, threads)
+        got = ([i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()])
+        if got != (graph.input_names, graph.output_names):
+            raise BundleError(f"{path} has inputs and outputs {got}, expected {graph.input_names} and "
+                              f"{graph.output_names}; export the bundle again.")
+        return session
+
+
+def open_session(path: Path, threads: int | None) -> ort.InferenceSession:
+    """A CPU session with a fixed number of threads; no other provider is ever tried."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # ONNX Runtime raises a dozen unrelated classes for a file that it refuses
+        raise BundleError(f"ONNX Runtime {ort.__version__} refuses {path} ({str(e).splitlines()[0][:200]}); "
+                          "export the bundle again or change the onnxruntime version.") from e
+
+

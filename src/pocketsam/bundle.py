@@ -1,0 +1,164 @@
+"""Bundles: a folder with ``bundle.json`` and artifacts ``<format>/<graph>.<precision>.<ext>``, verified on loading.
+
+A bundle is untrusted input: every path must stay inside the folder and every file must match its sha256.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pocketsam.errors import BundleError, UnknownName
+from pocketsam.files import sha256_file
+from pocketsam.specs import ModelSpec
+
+MANIFEST = "bundle.json"
+SCHEMA = 1
+MAX_MANIFEST_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One exported graph.
+
+    Attributes:
+        path: POSIX path relative to the bundle.
+        graph: ``encoder`` or ``decoder``.
+        format, precision: e.g. ``onnx`` and ``fp32``.
+        sha256, bytes: of the file.
+        inputs, outputs: [{name, dtype, shape}] as exported.
+        key: sha256 of everything the artifact depends on; export rebuilds it only when this changes.
+        measured: numbers taken when it was made (tensor error, mask agreement, seconds).
+    """
+
+    path: str
+    graph: str
+    format: str
+    precision: str
+    sha256: str
+    bytes: int
+    inputs: list[dict[str, Any]]
+    outputs: list[dict[str, Any]]
+    key: str
+    measured: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle: its folder, its model and its artifacts."""
+
+    root: Path
+    spec: ModelSpec
+    slots: int
+    weights: dict[str, Any]
+    tools: dict[str, str]
+    artifacts: tuple[Artifact, ...]
+
+    @property
+    def weights_sha256(self) -> str:
+        return str(self.weights.get("sha256", ""))
+
+    def formats(self) -> list[str]:
+        return sorted({a.format for a in self.artifacts})
+
+    def find(self, format: str, precision: str, graph: str) -> Artifact:
+        """The artifact of one graph.
+
+        Raises:
+            BundleError: the bundle has no such format or precision.
+        """
+        rows = [a for a in self.artifacts if a.format == format and a.graph == graph]
+        if not rows:
+            have = ", ".join(self.formats()) or "nothing"
+            raise BundleError(f"{self.root} holds {have}, not {format}; export it with --to {format}.")
+        for row in rows:
+            if row.precision == precision:
+                return row
+        raise UnknownName("precision", precision, [a.precision for a in rows])
+
+    def file(self, artifact: Artifact) -> Path:
+        """The artifact's file after checking that it stays in the folder and matches its hash.
+
+        Raises:
+            BundleError: the path leaves the folder, the file is missing, or its bytes changed.
+        """
+        path = safe_path(self.root, artifact.path)
+        if not path.is_file():
+            raise BundleError(f"{self.root} lacks {artifact.path}; the bundle is incomplete: export it again.")
+        if path.stat().st_size != artifact.bytes or sha256_file(path) != artifact.sha256:
+            raise BundleError(f"{path} does not match its recorded sha256; the file was changed or damaged: "
+                              "export the bundle again.")
+        return path
+
+
+def safe_path(root: Path, relative: str) -> Path:
+    """``root / relative`` if it stays inside ``root``, symbolic links included.
+
+    Raises:
+        BundleError: the path is absolute, climbs out, or is a link that does.
+    """
+    pure = PurePosixPath(relative)
+    inside = not pure.is_absolute() and ".." not in pure.parts and "\\" not in relative and ":" not in relative
+    path = root / pure
+    if not inside or not path.resolve().is_relative_to(root.resolve()):
+        raise BundleError(f"the bundle names the file {relative!r}, which is outside its folder; do not use this "
+                          "bundle.")
+    return path
+
+
+def read_bundle(root: str | Path) -> Bundle:
+    """Read and check ``bundle.json``; files are verified when they are opened (:meth:`Bundle.file`).
+
+    Raises:
+        BundleError: no bundle, damaged JSON, a newer schema, or unsafe contents.
+    """
+    root = Path(root)
+    manifest = root / MANIFEST
+    if not root.exists():
+        raise BundleError(f"{root} does not exist; export one with `pocketsam export MODEL --to onnx -o {root}`.")
+    if not manifest.is_file():
+        raise BundleError(f"{root} is not a bundle: it has no {MANIFEST}.")
+    if manifest.stat().st_size > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{manifest} is larger than {MAX_MANIFEST_BYTES // 2**20} MB and was not read.")
+    try:
+        data = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise BundleError(f"{manifest} cannot be read ({e}); export the bundle again.") from e
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if not isinstance(schema, int):
+        raise BundleError(f"{manifest} has no schema number; it is not a PocketSAM bundle.")
+    if schema > SCHEMA:
+        raise BundleError(f"{root} uses bundle schema {schema} and this version reads up to {SCHEMA}; "
+                          "upgrade pocketsam.")
+    return _parse(root, data)
+
+
+def to_json(bundle: Bundle) -> str:
+    """The text of ``bundle.json``."""
+    data = {
+        "schema": SCHEMA,
+        "model": bundle.spec.to_json(),
+        "slots": bundle.slots,
+        "weights": bundle.weights,
+        "tools": bundle.tools,
+        "artifacts": [asdict(a) for a in bundle.artifacts],
+    }
+    return json.dumps(data, indent=2) + "\n"
+
+
+def _parse(root: Path, data: dict[str, Any]) -> Bundle:
+    try:
+        names = {f.name for f in fields(Artifact)}
+        artifacts = tuple(Artifact(**{k: v for k, v in row.items() if k in names}) for row in data["artifacts"])
+        slots, weights, tools = data["slots"], dict(data["weights"]), dict(data["tools"])
+        if not isinstance(slots, int) or not 2 <= slots <= 4096:
+            raise ValueError(f"slots is {slots!r}")
+        if any(not isinstance(a.path, str) or not isinstance(a.bytes, int) for a in artifacts):
+            raise ValueError("an artifact row has values of the wrong type")
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise BundleError(f"{root / MANIFEST} is damaged ({e}); export the bundle again.") from e
+    for artifact in artifacts:
+        safe_path(root, artifact.path)
+    return Bundle(root, ModelSpec.from_json(data.get("model")), slots, weights, tools, artifacts)

@@ -1,0 +1,249 @@
+"""The ``pocketsam`` command: thin, with heavy imports inside the handlers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import pocketsam
+from pocketsam.errors import OutputError, PocketSamError, PromptError, UsageError
+
+app = typer.Typer(help="Segment Anything on phones, browsers and boards: export, run and measure, checked against "
+                       "PyTorch.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+out = Console()
+err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON instead of a table.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; the engine's default when left out.")]
+
+
+def main() -> None:
+    """Entry point: a PocketSamError becomes one sentence and exit code 2."""
+    try:
+        app()
+    except PocketSamError as e:
+        err.print(f"[bold red]error:[/] {_escape(str(e))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _version(show: bool) -> None:
+    if show:
+        out.print(pocketsam.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                                help="Print the version and exit.")] = False) -> None:
+    """Options of every command."""
+
+
+@app.command()
+def models(json_: Json = False) -> None:
+    """List supported models and where their official checkpoints are."""
+    from pocketsam.models.catalog import SPECS
+    from pocketsam.models.checkpoints import CHECKPOINTS
+
+    if json_:
+        rows = [{"model": c.model, "file": c.file, "url": c.url, "sha256": c.sha256, "licence": c.licence,
+                 "bytes": c.bytes, "image_size": SPECS[c.model].image_size} for c in CHECKPOINTS]
+        _print_json(rows)
+        return
+    table = Table("model", "checkpoint", "MB", "licence", "sha256", "url")
+    for c in CHECKPOINTS:
+        size = "?" if c.bytes is None else f"{c.bytes / 1e6:.0f}"
+        table.add_row(c.model, c.file, size, c.licence, "unknown" if c.sha256 is None else c.sha256[:12], c.url)
+    out.print(table)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Model name, see `pocketsam models`.")],
+    checkpoint: Annotated[Path, typer.Option(help="Official checkpoint file.")],
+    to: Annotated[str, typer.Option(help="Formats, separated by commas.")] = "onnx",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Bundle folder; default MODEL.bundle.")] = None,
+    precision: Annotated[str, typer.Option(help="Precisions, separated by commas.")] = "fp32",
+    slots: Annotated[int | None, typer.Option(help="Prompt slots of the decoder; default 8.")] = None,
+    gate: Annotated[float | None, typer.Option(help="Least mean mask agreement with PyTorch, 0 to 1.")] = None,
+    parity_images: Annotated[Path | None, typer.Option(help="Folder of images to measure agreement on; default: "
+                                                            "photos that ship with the package.")] = None,
+    json_: Json = False,
+) -> None:
+    """Export a checkpoint to a bundle, proven against PyTorch."""
+    started = time.perf_counter()
+    images = None if parity_images is None else _images_in(parity_images)
+
+    def report(text: str) -> None:
+        if not json_:
+            err.print(f"[dim]{time.perf_counter() - started:6.1f} s[/]  {_escape(text)}", highlight=False)
+
+    bundle = pocketsam.export(model, checkpoint=checkpoint, formats=_names(to), precisions=_names(precision),
+                              out=output or Path(f"{model}.bundle"), slots=slots, gate=gate, images=images,
+                              report=report)
+    if json_:
+        from pocketsam.bundle import to_json
+
+        print(to_json(bundle), end="")
+        return
+    table = Table("artifact", "MB", "mask agreement", "5th percentile", "worst", "max tensor error")
+    for a in bundle.artifacts:
+        m = a.measured
+        worst = max((v for k, v in m["max_tensor_error"].items() if k in {o["name"] for o in a.outputs}), default=0.0)
+        table.add_row(a.path, f"{a.bytes / 1e6:.1f}", f"{m['all']['mean']:.5f}", f"{m['all']['p5']:.5f}",
+                      f"{m['all']['worst']:.5f}", f"{worst:.1e}")
+    out.print(table)
+    out.print(f"{bundle.root}: {bundle.spec.name}, weights licence {bundle.weights['licence']}", highlight=False)
+
+
+@app.command()
+def segment(
+    image: Annotated[Path, typer.Argument(help="Photo.")],
+    bundle: Annotated[Path, typer.Option(help="Bundle folder.")],
+    point: Annotated[list[str] | None, typer.Option(help="x,y or x,y,1 (object) or x,y,0 (background).")] = None,
+    box: Annotated[list[str] | None, typer.Option(help="x0,y0,x1,y1; repeat for several objects.")] = None,
+    runtime: Annotated[str, typer.Option(help="Runtime name, or auto.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Precision of the artifacts.")] = "fp32",
+    multimask: Annotated[bool | None, typer.Option(help="Three ambiguous masks, or one; default: three for a single "
+                                                        "point, of which the best is drawn.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Overlay image.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder for the masks as PNG.")] = None,
+    threads: Threads = None,
+    json_: Json = False,
+) -> None:
+    """Segment one photo with points or boxes."""
+    from pocketsam.images import load_rgb
+
+    points, labels = _parse_points(point or [])
+    boxes = [_floats(b, (4,), "box", "x0,y0,x1,y1") for b in box or []]
+    if len(boxes) > 1 and points:
+        raise UsageError("several boxes cannot be combined with points; segment one object at a time.")
+    if not boxes and not points:
+        raise PromptError("no prompt was given; pass --point x,y or --box x0,y0,x1,y1.")
+    rgb = load_rgb(image)
+    sam = pocketsam.load(bundle, runtime=runtime, precision=precision, threads=threads)
+    # Prompts are checked before the encoder runs, so that a typo does not cost its time.
+    from pocketsam.geometry import Frame
+    from pocketsam.prompts import Prompt, decoder_inputs
+
+    frame = Frame.of(rgb.shape[0], rgb.shape[1], sam.spec)
+    checked = [Prompt.of(frame, sam.spec, points or None, labels or None, b) for b in boxes or [None]]
+    decoder_inputs(checked, frame, sam.spec, sam.runtime.slots)
+    started = time.perf_counter()
+    sam.set_image(rgb)
+    encoded = time.perf_counter()
+    several = multimask if multimask is not None else checked[0].single_click
+    result = (sam.predict_boxes(boxes) if len(boxes) > 1 else
+              sam.predict(points or None, labels or None, boxes[0] if boxes else None, multimask=several))
+    decoded = time.perf_counter()
+    files = _write_segment(rgb, result, output, masks, points, labels, boxes)
+    data = _segment_rows(result, files)
+    if json_:
+        _print_json({"image": {"width": rgb.shape[1], "height": rgb.shape[0]}, "masks": data, **sam.info()})
+        return
+    table = Table("mask", "predicted IoU", "area", "box", "file")
+    for row in data:
+        table.add_row(str(row["mask"]), f"{row['score']:.3f}", str(row["area"]), str(row["bbox"]), row["file"] or "")
+    out.print(table)
+    info = sam.info()
+    out.print(f"{info['model']} on {info['runtime']} {info['version']} {info['precision']}: encoder with resize "
+              f"{(encoded - started) * 1e3:.0f} ms, prompt with upsampling {(decoded - encoded) * 1e3:.0f} ms"
+              + (f", overlay {output}" if output else ""), highlight=False)
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """Show which runtimes and exporters are usable here, and the command that would add the others."""
+    from pocketsam import doctor as checks
+
+    data = checks.report()
+    if json_:
+        _print_json(data)
+        return
+    machine = data["machine"]
+    out.print(f"Python {machine['python']}, {machine['system']}, {machine['cpu']}, {machine['cores']} cores, "
+              f"{' '.join(machine['features'])}", highlight=False)
+    table = Table("kind", "name", "usable", "version", "to install")
+    for kind, rows in (("runtime", data["runtimes"]), ("export", data["exporters"])):
+        for row in rows:
+            table.add_row(kind, row["name"], "yes" if row["usable"] else "no", row["version"], _escape(row["remedy"]))
+    out.print(table)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2))
+
+
+def _names(text: str) -> list[str]:
+    return [t.strip() for t in text.split(",") if t.strip()]
+
+
+def _images_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; --parity-images takes a folder of images.")
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp"))
+    if not found:
+        raise UsageError(f"{folder} holds no JPEG, PNG, WebP or BMP image.")
+    return found
+
+
+def _floats(text: str, counts: tuple[int, ...], kind: str, form: str) -> list[float]:
+    try:
+        values = [float(v) for v in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) not in counts:
+        raise PromptError(f"{kind} {text!r} is not understood; expected {form}.")
+    return values
+
+
+def _parse_points(texts: list[str]) -> tuple[list[list[float]], list[float]]:
+    rows = [_floats(t, (2, 3), "point", "x,y or x,y,label") for t in texts]
+    return [r[:2] for r in rows], [r[2] if len(r) == 3 else 1.0 for r in rows]
+
+
+def _write_segment(rgb: Any, result: Any, output: Path | None, folder: Path | None, points: list[list[float]],
+                   labels: list[float], boxes: list[list[float]]) -> list[str | None]:
+    from pocketsam.overlay import draw, save_image, save_mask
+
+    if output is not None:
+        if output.is_dir():
+            raise OutputError(f"{output} is a folder; pass an image file name to -o.")
+        best = result.masks if len(boxes) > 1 else result.masks[result.best][None]
+        save_image(draw(rgb, best, points, labels, boxes), output)
+    if folder is None:
+        return [None] * len(result.masks)
+    files: list[str | None] = []
+    for i, mask in enumerate(result.masks):
+        path = folder / f"mask_{i}.png"
+        save_mask(mask, path)
+        files.append(str(path))
+    return files
+
+
+def _segment_rows(result: Any, files: list[str | None]) -> list[dict[str, Any]]:
+    import numpy as np
+
+    from pocketsam import rle
+
+    rows = []
+    for i, (mask, score) in enumerate(zip(result.masks, result.scores, strict=True)):
+        ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        box = [int(xs[0]), int(ys[0]), int(xs[-1] - xs[0] + 1), int(ys[-1] - ys[0] + 1)] if len(xs) else [0, 0, 0, 0]
+        rows.append({"mask": i, "score": float(score), "area": int(mask.sum()), "bbox": box,
+                     "segmentation": rle.encode(mask), "file": files[i]})
+    return rows
+
+
+if __name__ == "__main__":
+    main()

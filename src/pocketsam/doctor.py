@@ -1,0 +1,81 @@
+"""What this machine can run, and the command that would add the rest."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pocketsam import registry
+
+# Instruction sets that decide which int8 and float kernels are fast.
+CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm",
+             "fphp")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing checked: name, whether it is usable, its version, and the remedy if it is not."""
+
+    name: str
+    usable: bool
+    version: str
+    remedy: str
+
+
+def machine() -> dict[str, Any]:
+    """Python, system, CPU model, core count and instruction sets: what to quote beside a number."""
+    model, flags = _cpu()
+    return {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}",
+            "cpu": model, "cores": _cores(), "features": [f for f in CPU_FLAGS if f in flags]}
+
+
+def runtimes() -> list[Row]:
+    """Each runtime's version, or the pip command that would install it."""
+    rows = []
+    for name, package in registry.RUNTIME_PACKAGES.items():
+        version = _version(package.distribution)
+        remedy = "" if version else f"pip install 'pocketsam[{package.extra}]'"
+        rows.append(Row(name, bool(version), version, remedy))
+    return rows
+
+
+def exporters() -> list[Row]:
+    """Each export format: usable only with torch and the format's own packages."""
+    rows = []
+    for name, packages in registry.FORMAT_PACKAGES.items():
+        absent = [p for p in packages if not _version(p)]
+        rows.append(Row(name, not absent, ", ".join(f"{p} {_version(p)}" for p in packages if p not in absent),
+                        "pip install 'pocketsam[export]'" if absent else ""))
+    return rows
+
+
+def report() -> dict[str, Any]:
+    """Everything, JSON-safe."""
+    return {"machine": machine(), "runtimes": [asdict(r) for r in runtimes()],
+            "exporters": [asdict(r) for r in exporters()]}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _cpu() -> tuple[str, set[str]]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or "unknown", set()
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    clean = {k.strip(): v.strip() for k, v in fields.items()}
+    return clean.get("model name", "unknown"), set((clean.get("flags") or clean.get("Features") or "").split())

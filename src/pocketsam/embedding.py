@@ -1,0 +1,80 @@
+"""Image embeddings that can be stored, so that an image is encoded once and prompted for ever."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketsam.errors import EmbeddingError
+from pocketsam.files import staged_file
+from pocketsam.geometry import Frame
+from pocketsam.runtime import Features
+from pocketsam.specs import ModelSpec
+
+FORMAT = "pocketsam-embedding-1"
+MAX_IMAGE_SIDE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Encoder features of one image.
+
+    Attributes:
+        features: float32 tensors by contract name, e.g. ``image_embeddings`` (1, C, h, w).
+        frame: how the image lies in the model frame.
+        model: model name.
+        weights_sha256: identity of the weights that made it.
+        image_sha256: identity of the image (``pocketsam.images.image_id``).
+    """
+
+    features: Features
+    frame: Frame
+    model: str
+    weights_sha256: str
+    image_sha256: str
+
+    def save(self, path: str | Path) -> None:
+        """Write an npz file atomically."""
+        meta = {"format": FORMAT, "model": self.model, "weights_sha256": self.weights_sha256,
+                "image_sha256": self.image_sha256, "height": self.frame.height, "width": self.frame.width}
+        with staged_file(Path(path)) as staged, staged.open("wb") as f:
+            np.savez(f, **{"meta": np.array(json.dumps(meta)), **self.features})  # type: ignore[arg-type]  # numpy stub
+
+
+def load_embedding(path: str | Path, spec: ModelSpec, weights_sha256: str) -> Embedding:
+    """Read an embedding made by the same model and weights.
+
+    Raises:
+        EmbeddingError: unreadable, or made by another model or other weights.
+    """
+    path = Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            meta: dict[str, Any] = json.loads(str(data["meta"]))
+            if meta.get("format") != FORMAT:
+                raise ValueError("not a PocketSAM embedding")
+            check_identity(str(path), str(meta["model"]), str(meta["weights_sha256"]), spec, weights_sha256)
+            features = {t.name: data[t.name] for t in spec.feature_specs()}
+        height, width = int(meta["height"]), int(meta["width"])
+        if not (0 < height <= MAX_IMAGE_SIDE and 0 < width <= MAX_IMAGE_SIDE):
+            raise ValueError(f"image size {height} x {width}")
+        for t in spec.feature_specs():
+            if features[t.name].shape != t.shape or features[t.name].dtype != np.float32:
+                raise ValueError(f"{t.name} has the wrong shape or dtype")
+    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as e:
+        raise EmbeddingError(f"{path} cannot be used as an embedding ({e}); embed the image again.") from e
+    return Embedding(features, Frame.of(height, width, spec), spec.name, weights_sha256, str(meta["image_sha256"]))
+
+
+def check_identity(what: str, model: str, weights_sha256: str, spec: ModelSpec, expected_sha256: str) -> None:
+    """Raise EmbeddingError unless model name and weights agree."""
+    if model != spec.name:
+        raise EmbeddingError(f"{what} was made by {model}, this predictor is {spec.name}; embed the image again.")
+    if weights_sha256 != expected_sha256:
+        raise EmbeddingError(f"{what} was made by {model} with other weights than this predictor's; "
+                             "embed the image again.")

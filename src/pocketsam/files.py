@@ -1,0 +1,78 @@
+"""Writing without half-written results: everything is staged beside its target and renamed when complete."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pocketsam.errors import OutputError
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn any OSError while writing ``path`` into one sentence."""
+    try:
+        yield
+    except OSError as e:
+        reason = e.strerror or str(e)
+        raise OutputError(f"cannot write {path} ({reason}); nothing was kept: choose another place or free some "
+                          "space.") from e
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """A temporary path in the folder of ``path`` that replaces it on success and vanishes on failure."""
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        try:
+            yield Path(name)
+            Path(name).chmod(0o666 & ~_umask())
+            Path(name).replace(path)
+        finally:
+            with suppress(FileNotFoundError):
+                Path(name).unlink()
+
+
+@contextmanager
+def staged_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path`` that takes its place on success and vanishes on failure."""
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        old = staging.with_suffix(".old")
+        try:
+            yield staging
+            staging.chmod(0o777 & ~_umask())
+            if path.exists():
+                path.rename(old)
+            try:
+                staging.rename(path)
+            except OSError:
+                if old.exists():
+                    old.rename(path)
+                raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value

@@ -1,0 +1,109 @@
+"""Opening images as a viewer would show them: orientation, grey, palette, alpha, 16 bit, CMYK -> uint8 RGB."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pocketsam.errors import ImageError
+
+ImageLike = str | Path | Image.Image | NDArray[Any]
+Rgb = NDArray[np.uint8]
+
+# 200 megapixels: above every phone camera, and 600 MB as RGB.
+MAX_PIXELS = 200_000_000
+
+
+def load_rgb(image: ImageLike) -> Rgb:
+    """Any accepted image as uint8 (H, W, 3) RGB.
+
+    Args:
+        image: a path, a PIL image (its EXIF orientation is honoured), or a uint8 (H, W, 3) RGB array.
+
+    Raises:
+        ImageError: unreadable, truncated, too large, a folder, or an array of another dtype or shape.
+    """
+    if isinstance(image, np.ndarray):
+        return _check_array(image)
+    if isinstance(image, Image.Image):
+        return _to_rgb(image, "the PIL image")
+    if not isinstance(image, (str, Path)):
+        raise ImageError(f"image is a {type(image).__name__}; expected a path, a PIL image or a uint8 (H, W, 3) array.")
+    path = Path(image)
+    if path.is_dir():
+        raise ImageError(f"{path} is a folder, expected an image file.")
+    if not path.exists():
+        raise ImageError(f"{path} does not exist; check the image path.")
+    with warnings.catch_warnings():
+        # The size is checked below, against our own limit.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path) as opened:
+                return _to_rgb(opened, str(path))
+        except Image.DecompressionBombError as e:
+            raise _too_large(str(path)) from e
+        except UnidentifiedImageError as e:
+            raise ImageError(f"{path} is not an image in a known format; expected a JPEG, PNG or similar file.") from e
+        except OSError as e:
+            raise ImageError(f"{path} cannot be read ({e}); the file may be truncated: copy it again.") from e
+
+
+def image_id(rgb: Rgb) -> str:
+    """sha256 of shape and RGB bytes: the identity under which an embedding is stored."""
+    digest = hashlib.sha256(repr(rgb.shape).encode())
+    digest.update(np.ascontiguousarray(rgb).data)
+    return digest.hexdigest()
+
+
+def _too_large(name: str) -> ImageError:
+    return ImageError(f"{name} has more than {MAX_PIXELS // 10**6} megapixels; scale it down before segmenting.")
+
+
+def _check_array(image: NDArray[Any]) -> Rgb:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ImageError(f"the image array is {image.dtype} {image.shape}; expected uint8 (H, W, 3) RGB.")
+    if 0 in image.shape:
+        raise ImageError(f"the image array has shape {image.shape}; expected at least one pixel.")
+    if image.shape[0] * image.shape[1] > MAX_PIXELS:
+        raise _too_large("the image array")
+    return image
+
+
+def _to_rgb(image: Image.Image, name: str) -> Rgb:
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(name)
+    if 0 in image.size:
+        raise ImageError(f"{name} has no pixels; expected at least 1 x 1.")
+    try:
+        image = ImageOps.exif_transpose(image)
+        return np.asarray(_flatten(image, name))
+    except (OSError, SyntaxError, ValueError, EOFError) as e:
+        raise ImageError(f"{name} cannot be decoded ({e}); the file may be truncated or damaged.") from e
+
+
+def _flatten(image: Image.Image, name: str) -> Image.Image:
+    """Convert every mode to RGB; transparency is laid over white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _wide_grey(image, name)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _wide_grey(image: Image.Image, name: str) -> Image.Image:
+    """16-bit, 32-bit and float grey to 8 bit; Pillow's own conversion would clip at 255."""
+    values = np.asarray(image, dtype=np.float64)
+    top = float(values.max())
+    if not np.isfinite(values).all() or values.min() < 0 or top > 65535:
+        raise ImageError(f"{name} has grey values outside 0..65535; convert it to 8 or 16 bit first.")
+    full = 1.0 if image.mode == "F" and top <= 1 else 255.0 if image.mode != "I;16" and top <= 255 else 65535.0
+    grey = np.rint(values * (255.0 / full)).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")

@@ -1,0 +1,118 @@
+"""Comparing a candidate runtime with a reference, in tensors and in masks (the definition of "equal" in this project).
+
+*Reference mask*: box prompt -> token 0; point prompt -> the best of tokens 1 to 3 by predicted IoU. The candidate
+chooses by its own scores. *Agreement*: IoU of both masks at image size; boxes and points are reported apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pocketsam.geometry import Bools, Floats, masks_from_logits
+from pocketsam.images import Rgb
+from pocketsam.predictor import Predictor
+from pocketsam.prompts import Prompt
+
+GATES = {"fp32": 0.999, "fp16": 0.995, "int8": 0.97}
+PROMPTS_PER_IMAGE = 8
+
+
+@dataclass
+class Agreement:
+    """Mask IoUs and tensor errors collected over images and prompts.
+
+    Attributes:
+        ious: by prompt kind, ``box`` or ``point``.
+        flips: point prompts where the candidate chose another token than the reference.
+        tensor_errors: largest absolute difference by tensor name.
+    """
+
+    ious: dict[str, list[float]] = field(default_factory=lambda: {"box": [], "point": []})
+    flips: int = 0
+    tensor_errors: dict[str, float] = field(default_factory=dict)
+    images: int = 0
+
+    @property
+    def mean(self) -> float:
+        """Mean IoU over all prompts."""
+        return float(np.mean(self.ious["box"] + self.ious["point"]))
+
+    def note_error(self, name: str, a: Floats, b: Floats) -> None:
+        """Keep the largest absolute difference seen of a tensor; NaN counts as infinite."""
+        error = float(np.abs(a - b).max())
+        error = error if np.isfinite(error) else float("inf")
+        self.tensor_errors[name] = max(self.tensor_errors.get(name, 0.0), error)
+
+    def summary(self) -> dict[str, Any]:
+        """Numbers for bundle.json and tables; JSON-safe."""
+        out: dict[str, Any] = {"images": self.images, "max_tensor_error": dict(self.tensor_errors)}
+        for kind, values in {**self.ious, "all": self.ious["box"] + self.ious["point"]}.items():
+            out[kind] = {"prompts": len(values), "mean": float(np.mean(values)),
+                         "p5": float(np.percentile(values, 5)), "worst": float(np.min(values))}
+        out["flip_rate"] = self.flips / max(1, len(self.ious["point"]))
+        return out
+
+
+def mask_iou(a: Bools, b: Bools) -> float:
+    """Intersection over union; two empty masks agree perfectly."""
+    union = int(np.logical_or(a, b).sum())
+    return 1.0 if union == 0 else int(np.logical_and(a, b).sum()) / union
+
+
+def compare(reference: Predictor, candidate: Predictor, images: Iterable[Rgb], seed: int = 0,
+            prompts_per_image: int = PROMPTS_PER_IMAGE) -> Agreement:
+    """Run both predictors over images and seeded prompts (half boxes, half points, one refined with a mask).
+
+    Args:
+        images: uint8 (H, W, 3) RGB.
+    """
+    result = Agreement()
+    rng = np.random.default_rng(seed)
+    for rgb in images:
+        _compare_image(reference, candidate, rgb, rng, prompts_per_image, result)
+        result.images += 1
+    return result
+
+
+def sample_prompts(predictor: Predictor, height: int, width: int, count: int,
+                   rng: np.random.Generator) -> list[tuple[str, Prompt]]:
+    """Seeded prompts spread over an image: alternating boxes (12 to 70 % of each side) and foreground points."""
+    current = predictor.current
+    out: list[tuple[str, Prompt]] = []
+    for i in range(count):
+        if i % 2 == 0:
+            w, h = rng.uniform(0.12, 0.7, 2) * (width, height)
+            x, y = rng.uniform(0, 1, 2) * (width - w, height - h)
+            out.append(("box", Prompt.of(current.frame, predictor.spec, box=(x, y, x + w, y + h))))
+        else:
+            point = rng.uniform(0, 1, 2) * (width, height)
+            out.append(("point", Prompt.of(current.frame, predictor.spec, points=[point], labels=[1])))
+    return out
+
+
+def _compare_image(reference: Predictor, candidate: Predictor, rgb: Rgb, rng: np.random.Generator, count: int,
+                   result: Agreement) -> None:
+    ours, theirs = reference.set_image(rgb), candidate.set_image(rgb)
+    for name, tensor in ours.features.items():
+        result.note_error(name, tensor, theirs.features[name])
+    prompts = sample_prompts(reference, rgb.shape[0], rgb.shape[1], count, rng)
+    ref_masks, ref_scores = reference.decode_prompts([p for _, p in prompts])
+    # The last point is refined with the reference's own mask, so that mask_input is exercised.
+    kind, last = prompts[-1]
+    refined = Prompt(last.points, last.labels, last.box, ref_masks[-1, 0].copy())
+    extra_masks, extra_scores = reference.decode_prompts([refined])
+    prompts = [*prompts[:-1], (kind, refined)]
+    ref_masks[-1], ref_scores[-1] = extra_masks[0], extra_scores[0]
+    masks, scores = candidate.decode_prompts([p for _, p in prompts])
+    result.note_error("low_res_masks", ref_masks, masks)
+    result.note_error("iou_predictions", ref_scores, scores)
+    for i, (kind, _) in enumerate(prompts):
+        token, other = (0, 0) if kind == "box" else (1 + int(s[1:].argmax()) for s in (ref_scores[i], scores[i]))
+        result.flips += token != other
+        a = masks_from_logits(ref_masks[i, token][None], ours.frame)[0]
+        b = masks_from_logits(masks[i, other][None], ours.frame)[0]
+        result.ious[kind].append(mask_iou(a, b))

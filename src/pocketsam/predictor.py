@@ -1,0 +1,162 @@
+"""One promptable-segmentation API over any runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from pocketsam.embedding import Embedding, check_identity, load_embedding
+from pocketsam.errors import EmbeddingError, PromptError
+from pocketsam.geometry import Bools, Floats, Frame, masks_from_logits, to_model_image
+from pocketsam.images import ImageLike, Rgb, image_id, load_rgb
+from pocketsam.prompts import Prompt, decoder_inputs
+from pocketsam.runtime import Runtime
+from pocketsam.specs import ModelSpec
+
+DECODER_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Result:
+    """Masks of one prompt (M of them) or of a batch (one each).
+
+    Attributes:
+        masks: bool (M, H, W) at the image's size.
+        scores: float32 (M,) predicted IoU; a linear head, so values slightly outside [0, 1] occur.
+        logits: float32 (M, 4h, 4w) low-resolution logits; a row can be the ``mask`` of a following prompt.
+    """
+
+    masks: Bools
+    scores: Floats
+    logits: Floats
+
+    @property
+    def best(self) -> int:
+        """Index of the mask with the highest predicted IoU."""
+        return int(self.scores.argmax())
+
+
+class Predictor:
+    """Embed an image once, then prompt it as often as needed.
+
+    Args:
+        runtime: an open runtime.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self._embedding: Embedding | None = None
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.runtime.spec
+
+    @property
+    def weights_sha256(self) -> str:
+        return str(self.runtime.info()["weights_sha256"])
+
+    def embed(self, image: ImageLike) -> Embedding:
+        """Run the encoder.
+
+        Args:
+            image: path, PIL image (EXIF orientation honoured) or uint8 (H, W, 3) RGB array.
+
+        Raises:
+            ImageError: the image cannot be used.
+        """
+        return self._embed_rgb(load_rgb(image))
+
+    def set_image(self, image: ImageLike) -> Embedding:
+        """Embed an image and make it the one that :meth:`predict` works on."""
+        self._embedding = self.embed(image)
+        return self._embedding
+
+    def set_embedding(self, embedding: Embedding | str | Path, image: ImageLike | None = None) -> Embedding:
+        """Work on a stored embedding, an object or an npz path; with ``image``, check that it is the same image.
+
+        Raises:
+            EmbeddingError: made by another model, other weights or from another image.
+        """
+        if not isinstance(embedding, Embedding):
+            embedding = load_embedding(embedding, self.spec, self.weights_sha256)
+        check_identity("the embedding", embedding.model, embedding.weights_sha256, self.spec, self.weights_sha256)
+        if image is not None and image_id(load_rgb(image)) != embedding.image_sha256:
+            raise EmbeddingError("the embedding was made from another image than the one given; embed this image.")
+        self._embedding = embedding
+        return embedding
+
+    def predict(self, points: ArrayLike | None = None, labels: ArrayLike | None = None, box: ArrayLike | None = None,
+                mask: ArrayLike | None = None, multimask: bool = True) -> Result:
+        """Masks for one prompt on the current image.
+
+        Args:
+            points: (K, 2) XY pixels of the image, from the top left.
+            labels: (K,) 1 foreground, 0 background; all foreground when left out.
+            box: (4,) x0, y0, x1, y1 in pixels.
+            mask: float logits (4h, 4w) of an earlier result.
+            multimask: True returns the three ambiguous masks (tokens 1 to 3) in the official order; False the
+                single-mask answer (token 0), the better choice for a box or several points.
+
+        Raises:
+            PromptError: nothing or something unusable was given, or no image is set.
+        """
+        frame = self.current.frame
+        low_res, scores = self._decode([Prompt.of(frame, self.spec, points, labels, box, mask)])
+        tokens = slice(1, None) if multimask else slice(0, 1)
+        logits = low_res[0, tokens]
+        return Result(masks_from_logits(logits, frame), scores[0, tokens], logits)
+
+    def predict_boxes(self, boxes: ArrayLike) -> Result:
+        """The single-mask answer for each of many boxes.
+
+        Args:
+            boxes: (K, 4) x0, y0, x1, y1 in pixels.
+
+        Raises:
+            PromptError: a box is empty or leaves the image, or no image is set.
+        """
+        frame = self.current.frame
+        rows = np.asarray(boxes, np.float64)
+        if rows.ndim != 2 or rows.shape[1] != 4 or not len(rows):
+            raise PromptError(f"boxes has shape {rows.shape}; expected (K, 4) with at least one box.")
+        low_res, scores = self._decode([Prompt.of(frame, self.spec, box=row) for row in rows])
+        return Result(masks_from_logits(low_res[:, 0], frame), scores[:, 0], low_res[:, 0])
+
+    def decode_prompts(self, prompts: Sequence[Prompt]) -> tuple[Floats, Floats]:
+        """Raw answers of all four tokens: low-res logits (B, 4, 4h, 4w) and predicted IoU (B, 4)."""
+        return self._decode(prompts)
+
+    def info(self) -> dict[str, Any]:
+        """Runtime, versions, threads and model: what to quote beside a number."""
+        return {"model": self.spec.name, **self.runtime.info()}
+
+    def _embed_rgb(self, rgb: Rgb) -> Embedding:
+        frame = Frame.of(rgb.shape[0], rgb.shape[1], self.spec)
+        features = self.runtime.encode(to_model_image(rgb, frame, self.spec), frame)
+        return Embedding(features, frame, self.spec.name, self.weights_sha256, image_id(rgb))
+
+    @property
+    def current(self) -> Embedding:
+        """The embedding that prompts are answered on.
+
+        Raises:
+            PromptError: no image is set.
+        """
+        if self._embedding is None:
+            raise PromptError("no image is set; call set_image or set_embedding first.")
+        return self._embedding
+
+    def _decode(self, prompts: Sequence[Prompt]) -> tuple[Floats, Floats]:
+        current = self.current
+        masks, scores = [], []
+        for i in range(0, len(prompts), DECODER_BATCH):
+            inputs = decoder_inputs(prompts[i:i + DECODER_BATCH], current.frame, self.spec, self.runtime.slots)
+            out = self.runtime.decode(current.features, inputs)
+            masks.append(out["low_res_masks"])
+            scores.append(out["iou_predictions"])
+        return np.concatenate(masks), np.concatenate(scores)

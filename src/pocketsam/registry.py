@@ -1,0 +1,85 @@
+"""Tables of formats, runtimes and models: name -> ``module:attribute``, imported only when asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+from pocketsam.errors import MissingDependency, UnknownName
+
+
+class Package(NamedTuple):
+    """What must be installed: import name, distribution name, and the extra of pocketsam that brings it."""
+
+    module: str
+    distribution: str
+    extra: str
+
+
+FORMATS = {
+    "onnx": "pocketsam.export.onnx:OnnxExporter",
+}
+
+RUNTIMES = {
+    "pytorch": "pocketsam.runtimes.pytorch:PyTorchRuntime",
+    "onnxruntime": "pocketsam.runtimes.onnxruntime:OnnxRuntime",
+}
+
+MODELS = {
+    "sam_vit_b": "pocketsam.models.sam:sam_vit_b",
+    "sam_vit_l": "pocketsam.models.sam:sam_vit_l",
+    "sam_vit_h": "pocketsam.models.sam:sam_vit_h",
+    "mobile_sam": "pocketsam.models.sam:mobile_sam",
+}
+
+# The format that each runtime executes; PyTorch needs the checkpoint, not an artifact.
+RUNTIME_FORMATS = {"onnxruntime": "onnx"}
+
+RUNTIME_PACKAGES = {
+    "pytorch": Package("torch", "torch", "torch"),
+    "onnxruntime": Package("onnxruntime", "onnxruntime", "onnx"),
+}
+
+# Distributions that exporting to a format needs.
+FORMAT_PACKAGES = {"onnx": ("torch", "onnx", "onnxscript", "onnxruntime")}
+
+_TABLES = {"format": FORMATS, "runtime": RUNTIMES, "model": MODELS}
+
+
+def check(kind: str, name: str) -> str:
+    """Return ``name`` if the table of ``kind`` (format, runtime, model) has it.
+
+    Raises:
+        UnknownName: it does not; the message suggests the nearest name.
+    """
+    if name not in _TABLES[kind]:
+        raise UnknownName(kind, name, _TABLES[kind])
+    return name
+
+
+def entry(target: str) -> Any:
+    """Import ``module:attribute``."""
+    module, attribute = target.split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def load(kind: str, name: str) -> Any:
+    """Import and return the object registered as ``name`` in the table of ``kind``.
+
+    Raises:
+        UnknownName: no such name.
+        MissingDependency: a runtime whose package is not installed; the message gives the command.
+    """
+    target = _TABLES[kind][check(kind, name)]
+    try:
+        return entry(target)
+    except ModuleNotFoundError as e:
+        if kind == "runtime" and e.name == RUNTIME_PACKAGES[name].module:
+            raise missing_runtime(name) from e
+        raise
+
+
+def missing_runtime(name: str) -> MissingDependency:
+    """The error that names the pip command for a runtime."""
+    package = RUNTIME_PACKAGES[name]
+    return MissingDependency(package.distribution, package.extra, f"the {name} runtime")

@@ -1,0 +1,157 @@
+"""Models and graphs described as data: one spec feeds dummy inputs, export names, runtime checks and device code."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from pocketsam.errors import BundleError
+
+Dim = int | str
+Resize = Literal["pad", "squash"]
+GraphName = Literal["encoder", "decoder"]
+
+DTYPES = ("uint8", "float32")
+DEFAULT_SLOTS = 8
+BATCH = "batch"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One graph input or output: name, dtype (``uint8`` or ``float32``) and shape; a string is a symbolic size."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"tensor {self.name!r} has dtype {self.dtype!r}, expected one of {DTYPES}")
+        if not self.shape or any(isinstance(d, int) and d < 1 for d in self.shape):
+            raise ValueError(f"tensor {self.name!r} has shape {self.shape}, expected positive sizes")
+
+    def concrete(self, batch: int) -> tuple[int, ...]:
+        """The shape with every symbolic size replaced by ``batch``."""
+        return tuple(batch if isinstance(d, str) else d for d in self.shape)
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """The names, dtypes and shapes of one graph, in order."""
+
+    name: GraphName
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def input_names(self) -> list[str]:
+        return [t.name for t in self.inputs]
+
+    @property
+    def output_names(self) -> list[str]:
+        return [t.name for t in self.outputs]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything the host must know of a model to prepare inputs and read outputs.
+
+    Attributes:
+        name: registry name, e.g. ``mobile_sam``.
+        family: the architecture family, e.g. ``sam``.
+        image_size: side S in pixels of the square encoder input.
+        embed_dim: channels C of ``image_embeddings``.
+        embed_size: side h = w of ``image_embeddings``; low-resolution masks are 4h x 4w.
+        resize: ``pad`` scales the long side to S and zero-pads right and bottom after normalisation (SAM);
+            ``squash`` stretches both sides to S (SAM 2).
+        mean, std: RGB colour statistics on the 0..255 scale.
+        high_res_channels: channels (C0, C1) of the skip features at 4h x 4w and 2h x 2w; empty when there are none.
+        object_score: whether the decoder also returns ``object_score_logits``.
+    """
+
+    name: str
+    family: str
+    image_size: int
+    embed_dim: int = 256
+    embed_size: int = 64
+    resize: Resize = "pad"
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    high_res_channels: tuple[int, ...] = ()
+    object_score: bool = False
+
+    def __post_init__(self) -> None:
+        if self.image_size < 32 or self.embed_size < 4 or self.embed_dim < 1:
+            raise ValueError(f"model {self.name!r}: sizes must be positive and image_size at least 32")
+        if self.resize not in ("pad", "squash"):
+            raise ValueError(f"model {self.name!r}: resize is {self.resize!r}, expected 'pad' or 'squash'")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(s > 0 for s in self.std):
+            raise ValueError(f"model {self.name!r}: mean and std need three values, std positive")
+        if not all(math.isfinite(v) for v in (*self.mean, *self.std)):
+            raise ValueError(f"model {self.name!r}: mean and std must be finite")
+        if len(self.high_res_channels) not in (0, 2):
+            raise ValueError(f"model {self.name!r}: high_res_channels needs zero or two entries")
+
+    @property
+    def mask_size(self) -> int:
+        """Side of the low-resolution masks."""
+        return 4 * self.embed_size
+
+    @property
+    def pad_color(self) -> tuple[int, int, int]:
+        """The uint8 RGB colour that the host pads with: the rounded mean, which the encoder graph maps to zero."""
+        r, g, b = (int(m + 0.5) for m in self.mean)
+        return r, g, b
+
+    def feature_specs(self) -> tuple[TensorSpec, ...]:
+        """The tensors that pass from the encoder to the prompt decoder."""
+        h = self.embed_size
+        specs = [TensorSpec("image_embeddings", "float32", (1, self.embed_dim, h, h))]
+        for i, channels in enumerate(self.high_res_channels):
+            side = 4 * h >> i
+            specs.append(TensorSpec(f"high_res_features_{i}", "float32", (1, channels, side, side)))
+        return tuple(specs)
+
+    def encoder_graph(self) -> GraphSpec:
+        """The encoder's contract: ``image`` uint8 (1, S, S, 3) RGB in, features out."""
+        s = self.image_size
+        return GraphSpec("encoder", (TensorSpec("image", "uint8", (1, s, s, 3)),), self.feature_specs())
+
+    def decoder_graph(self, slots: int = DEFAULT_SLOTS) -> GraphSpec:
+        """The prompt decoder's contract with ``slots`` fixed prompt slots and a symbolic prompt batch."""
+        m = self.mask_size
+        inputs = (
+            *self.feature_specs(),
+            TensorSpec("point_coords", "float32", (BATCH, slots, 2)),
+            TensorSpec("point_labels", "float32", (BATCH, slots)),
+            TensorSpec("mask_input", "float32", (BATCH, 1, m, m)),
+            TensorSpec("has_mask_input", "float32", (BATCH,)),
+        )
+        outputs = [TensorSpec("low_res_masks", "float32", (BATCH, 4, m, m)),
+                   TensorSpec("iou_predictions", "float32", (BATCH, 4))]
+        if self.object_score:
+            outputs.append(TensorSpec("object_score_logits", "float32", (BATCH, 1)))
+        return GraphSpec("decoder", inputs, tuple(outputs))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> ModelSpec:
+        """Rebuild a spec from untrusted JSON.
+
+        Raises:
+            BundleError: a field is missing, unknown or out of range.
+        """
+        try:
+            known = {f.name for f in fields(cls)}
+            if unknown := sorted(set(data) - known):
+                raise ValueError(f"unknown fields {unknown}")
+            clean = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+            for key in ("image_size", "embed_dim", "embed_size"):
+                if key in clean and (not isinstance(clean[key], int) or clean[key] > 8192):
+                    raise ValueError(f"{key} must be an integer of at most 8192")
+            return cls(**clean)
+        except (TypeError, ValueError, AttributeError) as e:
+            raise BundleError(f"the bundle's model description is not usable ({e}); export the bundle again.") from e

@@ -1,0 +1,1 @@
+"""Golden outputs of the official implementations under deterministic weights, and the recipe for those weights."""
