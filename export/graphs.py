@@ -53,7 +53,8 @@ class DecoderGraph(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         n = len(self.names)
         features = dict(zip(self.names, inputs[:n], strict=True))
-        return self.model.decode(features, *inputs[n:], fixed_slots=True)
+        coords, labels, mask_input, has_mask_input = inputs[n:]
+        return self.model.decode(features, coords, labels, mask_input, has_mask_input, fixed_slots=True)
 
 
 def example_inputs(spec: GraphSpec, batch: int) -> tuple[Tensor, ...]:

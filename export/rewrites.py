@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pocketsam.models.layers import LayerNorm2d
 from pocketsam.models.mask_decoder import Attention, MaskDecoder, TwoWayBlock
 from pocketsam.models.sam import SegmentAnything
 from pocketsam.models.tiny_vit import Attention as WindowAttention
@@ -30,7 +31,8 @@ def fuse_conv_bn(module: nn.Module) -> None:
     """Reason: converters fold BatchNorm only when they recognise it; here every format gets one plain convolution."""
     for name, child in module.named_children():
         if isinstance(child, ConvBn):
-            setattr(module, name, _fused(child.c, child.bn))
+            conv, bn = child.children()
+            setattr(module, name, _fused(conv, bn))
         else:
             fuse_conv_bn(child)
 
@@ -170,17 +172,22 @@ class MatmulUpscale(nn.Module):
     def __init__(self, decoder: MaskDecoder) -> None:
         super().__init__()
         up1, norm, act1, up2, act2 = decoder.output_upscaling
+        assert isinstance(up1, nn.ConvTranspose2d)
+        assert isinstance(up2, nn.ConvTranspose2d)
+        assert up1.bias is not None
+        assert up2.bias is not None
         self.register_buffer("w1", self._as_matrix(up1))
         self.register_buffer("w2", self._as_matrix(up2))
         # Tiled, so that product and bias stay one Gemm.
         self.register_buffer("b1", up1.bias.detach().repeat(4))
         self.register_buffer("b2", up2.bias.detach().repeat(4))
-        self.norm, self.act1, self.act2 = norm, act1, act2
+        assert isinstance(norm, LayerNorm2d)
+        self.norm = norm
+        self.act1, self.act2 = act1, act2
 
     @staticmethod
-    def _as_matrix(conv: nn.Module) -> Tensor:
+    def _as_matrix(conv: nn.ConvTranspose2d) -> Tensor:
         """(Cin, Cout, 2, 2) -> (Cin, 4 * Cout), row-major over ky, kx, Cout."""
-        assert isinstance(conv, nn.ConvTranspose2d)
         weight = conv.weight.detach()
         return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
 
@@ -192,7 +199,7 @@ class MatmulUpscale(nn.Module):
         x = self.act1(nn.functional.layer_norm(x, (c1,), self.norm.weight, self.norm.bias, self.norm.eps))
         x = self.act2((x @ self.w2 + self.b2).reshape(b, n * 16, c2))
         m = hyper.shape[1]
-        masks = hyper @ x.transpose(1, 2)
+        masks: Tensor = hyper @ x.transpose(1, 2)
         # Memory order is (Y, X, ky1, kx1, ky2, kx2); two 4-D transpositions make it rows and columns.
         masks = masks.reshape(b * m * h, w, 2, 8).transpose(1, 2)
         masks = masks.reshape(b * m * h * 2, w * 2, 2, 2).transpose(1, 2)

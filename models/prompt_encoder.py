@@ -71,8 +71,8 @@ class PromptEncoder(nn.Module):
         pe = self.pe_layer((coords + 0.5) / self.image_size)
         label = labels[..., None]
         tokens: Tensor = pe * (label >= 0).to(pe.dtype)
-        kinds = [(PADDING_POINT, self.not_a_point_embed), *enumerate(self.point_embeddings)]
-        for value, embedding in kinds:
+        for value, embedding in ((PADDING_POINT, self.not_a_point_embed), *enumerate(self.point_embeddings)):
+            assert isinstance(embedding, nn.Embedding)
             tokens = tokens + (label == value).to(pe.dtype) * embedding.weight
         return tokens
 

@@ -148,8 +148,8 @@ class Block(nn.Module):
         y = x.permute(0, 2, 3, 1)
         y = y + merge_windows(self.attn(partition_windows(y, self.window)), self.window, h, w)
         y = self.local_conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        y = y + self.mlp(y)
-        return y.permute(0, 3, 1, 2)
+        z: Tensor = y + self.mlp(y)
+        return z.permute(0, 3, 1, 2)
 
 
 class AttentionStage(nn.Module):

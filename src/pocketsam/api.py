@@ -33,7 +33,7 @@ def load(source: str | Path, *, runtime: str = "auto", checkpoint: str | Path | 
         raise UsageError(f"threads is {threads}; expected at least 1.")
     if runtime != "auto":
         registry.check("runtime", runtime)
-    if checkpoint is not None or runtime == "pytorch":
+    if checkpoint is not None or (runtime == "pytorch" and not Path(source).is_dir()):
         return Predictor(_from_checkpoint(str(source), runtime, checkpoint, threads))
     if not Path(source).exists() and str(source) in registry.MODELS:
         raise UsageError(f"{source} is a model name; pass its checkpoint, or the folder of an exported bundle.")

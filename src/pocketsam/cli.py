@@ -17,7 +17,8 @@ from pocketsam.errors import OutputError, PocketSamError, PromptError, UsageErro
 
 app = typer.Typer(help="Segment Anything on phones, browsers and boards: export, run and measure, checked against "
                        "PyTorch.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-out = Console()
+# A pipe has no width: leave tables whole there instead of cutting them at 80 columns.
+out = Console(width=None if sys.stdout.isatty() else 180)
 err = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON instead of a table.")]
@@ -60,7 +61,7 @@ def models(json_: Json = False) -> None:
                  "bytes": c.bytes, "image_size": SPECS[c.model].image_size} for c in CHECKPOINTS]
         _print_json(rows)
         return
-    table = Table("model", "checkpoint", "MB", "licence", "sha256", "url")
+    table = _table("model", "checkpoint", "MB", "licence", "sha256", "url")
     for c in CHECKPOINTS:
         size = "?" if c.bytes is None else f"{c.bytes / 1e6:.0f}"
         table.add_row(c.model, c.file, size, c.licence, "unknown" if c.sha256 is None else c.sha256[:12], c.url)
@@ -96,7 +97,7 @@ def export(
 
         print(to_json(bundle), end="")
         return
-    table = Table("artifact", "MB", "mask agreement", "5th percentile", "worst", "max tensor error")
+    table = _table("artifact", "MB", "mask agreement", "5th percentile", "worst", "max tensor error")
     for a in bundle.artifacts:
         m = a.measured
         worst = max((v for k, v in m["max_tensor_error"].items() if k in {o["name"] for o in a.outputs}), default=0.0)
@@ -137,7 +138,8 @@ def segment(
     from pocketsam.prompts import Prompt, decoder_inputs
 
     frame = Frame.of(rgb.shape[0], rgb.shape[1], sam.spec)
-    checked = [Prompt.of(frame, sam.spec, points or None, labels or None, b) for b in boxes or [None]]
+    each_box: list[list[float] | None] = [*boxes] or [None]
+    checked = [Prompt.of(frame, sam.spec, points or None, labels or None, b) for b in each_box]
     decoder_inputs(checked, frame, sam.spec, sam.runtime.slots)
     started = time.perf_counter()
     sam.set_image(rgb)
@@ -151,7 +153,7 @@ def segment(
     if json_:
         _print_json({"image": {"width": rgb.shape[1], "height": rgb.shape[0]}, "masks": data, **sam.info()})
         return
-    table = Table("mask", "predicted IoU", "area", "box", "file")
+    table = _table("mask", "predicted IoU", "area", "box", "file")
     for row in data:
         table.add_row(str(row["mask"]), f"{row['score']:.3f}", str(row["area"]), str(row["bbox"]), row["file"] or "")
     out.print(table)
@@ -173,11 +175,19 @@ def doctor(json_: Json = False) -> None:
     machine = data["machine"]
     out.print(f"Python {machine['python']}, {machine['system']}, {machine['cpu']}, {machine['cores']} cores, "
               f"{' '.join(machine['features'])}", highlight=False)
-    table = Table("kind", "name", "usable", "version", "to install")
+    table = _table("kind", "name", "usable", "version", "to install")
     for kind, rows in (("runtime", data["runtimes"]), ("export", data["exporters"])):
         for row in rows:
             table.add_row(kind, row["name"], "yes" if row["usable"] else "no", row["version"], _escape(row["remedy"]))
     out.print(table)
+
+
+def _table(*columns: str) -> Table:
+    """A table whose cells wrap instead of being cut off."""
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
 
 
 def _print_json(data: Any) -> None:

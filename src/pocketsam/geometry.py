@@ -6,7 +6,9 @@ Coordinates are XY in continuous pixels, with pixel (0, 0) covering [0, 1) x [0,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,9 @@ from pocketsam.specs import ModelSpec
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
+
+# A band of this size stays in the processor's cache while it is resized.
+BAND_PIXELS = 1_500_000
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class Frame:
     def to_model(self, points: NDArray[Any]) -> Floats:
         """(..., 2) XY in the image frame -> float32 (..., 2) XY in the model frame."""
         scale = np.array([self.content_width / self.width, self.content_height / self.height])
-        return (np.asarray(points, np.float64) * scale).astype(np.float32)
+        scaled: Floats = (np.asarray(points, np.float64) * scale).astype(np.float32)
+        return scaled
 
 
 def to_model_image(rgb: Rgb, frame: Frame, spec: ModelSpec) -> Rgb:
@@ -60,13 +66,9 @@ def to_model_image(rgb: Rgb, frame: Frame, spec: ModelSpec) -> Rgb:
     Returns:
         uint8 (1, S, S, 3).
     """
-    size = (frame.content_width, frame.content_height)
-    content = Image.fromarray(rgb)
-    if content.size != size:
-        content = content.resize(size, Image.Resampling.BILINEAR)
-    out = np.empty((1, frame.size, frame.size, 3), np.uint8)
     h, w = frame.content_height, frame.content_width
-    out[0, :h, :w] = np.asarray(content)
+    out = np.empty((1, frame.size, frame.size, 3), np.uint8)
+    out[0, :h, :w] = _pillow_resize(rgb, h, w)
     out[0, h:] = spec.pad_color
     out[0, :h, w:] = spec.pad_color
     return out
@@ -84,37 +86,70 @@ def upscale_logits(low_res: Floats, frame: Frame) -> Floats:
         float32 (H, W).
     """
     at_model = _resize(low_res, frame.size, frame.size, frame.content_height, frame.content_width)
-    return _resize(at_model, frame.height, frame.width, frame.height, frame.width)
+    out = np.empty((frame.height, frame.width), np.float32)
+    for y, row in enumerate(_rows(_columns(at_model, frame.width, frame.width), frame.height, frame.height)):
+        out[y] = row
+    return out
 
 
 def masks_from_logits(low_res: Floats, frame: Frame) -> Bools:
-    """float32 (M, 4h, 4w) logits -> bool (M, H, W): the logit threshold is 0, that is probability 0.5."""
+    """float32 (M, 4h, 4w) logits -> bool (M, H, W): the logit threshold is 0, that is probability 0.5.
+
+    Thresholded row by row, so that a 12-megapixel mask never exists as 48 MB of floats.
+    """
     out = np.empty((len(low_res), frame.height, frame.width), np.bool_)
     for i, logits in enumerate(low_res):
-        np.greater(upscale_logits(logits, frame), 0, out=out[i])
+        at_model = _resize(logits, frame.size, frame.size, frame.content_height, frame.content_width)
+        for y, row in enumerate(_rows(_columns(at_model, frame.width, frame.width), frame.height, frame.height)):
+            np.greater(row, 0, out=out[i, y])
     return out
+
+
+def _pillow_resize(rgb: Rgb, height: int, width: int) -> Rgb:
+    """Pillow's two passes, the horizontal one in bands: the same bytes, without a second copy of a large photo."""
+    if rgb.shape[:2] == (height, width):
+        return rgb
+    bands = max(1, rgb.shape[0] * rgb.shape[1] // BAND_PIXELS)
+    narrow = np.empty((rgb.shape[0], width, 3), np.uint8)
+    edges = np.linspace(0, rgb.shape[0], bands + 1).astype(int)
+    for top, bottom in pairwise(edges.tolist()):
+        band = Image.fromarray(rgb[top:bottom])
+        narrow[top:bottom] = np.asarray(band.resize((width, bottom - top), Image.Resampling.BILINEAR))
+    return np.asarray(Image.fromarray(narrow).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def _resize(x: Floats, height: int, width: int, keep_height: int, keep_width: int) -> Floats:
     """Bilinear (half-pixel centres, no antialiasing) to (height, width), returning the top-left kept part."""
+    return np.stack([row.copy() for row in _rows(_columns(x, width, keep_width), height, keep_height)])
+
+
+def _columns(x: Floats, full: int, keep: int) -> Floats:
+    """Interpolate along each row from w to ``full`` columns, of which the first ``keep`` are made."""
     h, w = x.shape
-    if (height, width) == (h, w):
-        return x[:keep_height, :keep_width]
-    if height >= h and width >= w:
+    if full == w:
+        return x[:, :keep]
+    if full > w:
         # For enlargement Pillow's triangle filter is this interpolation, and it runs in C.
-        box = (0.0, 0.0, keep_width * w / width, keep_height * h / height)
         image = Image.fromarray(np.ascontiguousarray(x, np.float32))
-        return np.asarray(image.resize((keep_width, keep_height), Image.Resampling.BILINEAR, box=box))
-    rows = _interpolate(x, height, keep_height)
-    return np.ascontiguousarray(_interpolate(np.ascontiguousarray(rows.T), width, keep_width).T)
+        return np.asarray(image.resize((keep, h), Image.Resampling.BILINEAR, box=(0.0, 0.0, keep * w / full, float(h))))
+    low, high, weight = _neighbours(w, full, keep)
+    out: Floats = x[:, low] * (1 - weight) + x[:, high] * weight
+    return out
 
 
-def _interpolate(x: Floats, full: int, keep: int) -> Floats:
-    """Linear interpolation along axis 0 from ``len(x)`` to ``full`` rows, of which the first ``keep`` are made."""
-    n = len(x)
+def _rows(x: Floats, full: int, keep: int) -> Iterator[Floats]:
+    """Interpolate between rows from h to ``full`` rows and yield the first ``keep``; the buffer is reused."""
+    low, high, weight = _neighbours(len(x), full, keep)
+    row, part = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32)
+    for a, b, t in zip(low.tolist(), high.tolist(), weight.tolist(), strict=True):
+        np.multiply(x[a], np.float32(1 - t), out=row)
+        np.multiply(x[b], np.float32(t), out=part)
+        np.add(row, part, out=row)
+        yield row
+
+
+def _neighbours(n: int, full: int, keep: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
+    """Source indices below and above, and the weight of the upper, for linear sampling with half-pixel centres."""
     source = np.maximum((np.arange(keep) + 0.5) * (n / full) - 0.5, 0)
     low = np.minimum(source.astype(np.int64), n - 1)
-    high = np.minimum(low + 1, n - 1)
-    weight = (source - low).astype(np.float32)[:, None]
-    out: Floats = x[low] * (1 - weight) + x[high] * weight
-    return out
+    return low, np.minimum(low + 1, n - 1), (source - low).astype(np.float32)

@@ -148,7 +148,7 @@ class ModelSpec:
             known = {f.name for f in fields(cls)}
             if unknown := sorted(set(data) - known):
                 raise ValueError(f"unknown fields {unknown}")
-            clean = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+            clean: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
             for key in ("image_size", "embed_dim", "embed_size"):
                 if key in clean and (not isinstance(clean[key], int) or clean[key] > 8192):
                     raise ValueError(f"{key} must be an integer of at most 8192")

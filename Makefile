@@ -1,0 +1,32 @@
+# Everything sets itself up: `make test` and `make check` work on a fresh clone with Python 3.11 or newer and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup test test-all check lint types clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[export,dev]'
+	touch $@
+
+test: $(STAMP)        ## fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)    ## fast and slow tests, as CI runs them
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+types: $(STAMP)
+	$(BIN)/python tools/link_types.py
+	$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf build dist .typing .mypy_cache .ruff_cache .pytest_cache *.egg-info src/*.egg-info

@@ -1,0 +1,101 @@
+"""Shared fixtures: a toy model that exports in seconds, and the deterministic MobileSAM checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "reference"))
+
+from goldens import FILES, Golden, image, weights
+
+TOY = "toy_sam"
+
+
+class Outcome(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def toy_registered() -> Iterator[None]:
+    """Register a small ViT under the name ``toy_sam`` for the whole run."""
+    from pocketsam import registry
+    from pocketsam.models import catalog
+    from pocketsam.specs import ModelSpec
+
+    catalog.SPECS[TOY] = ModelSpec(name=TOY, family="sam", image_size=128, embed_dim=32, embed_size=8)
+    registry.MODELS[TOY] = "toy_model:build"
+    yield
+    del catalog.SPECS[TOY], registry.MODELS[TOY]
+
+
+@pytest.fixture(scope="session")
+def toy_checkpoint(toy_registered: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the toy model with seeded weights."""
+    import torch
+    from toy_model import build
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("toy") / "toy.pt"
+    torch.save(build().state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def toy_bundle(toy_checkpoint: Path) -> Path:
+    """An exported ONNX bundle of the toy model; tests that damage it must copy it first."""
+    import pocketsam
+
+    out = toy_checkpoint.parent / "toy.bundle"
+    pocketsam.export(TOY, checkpoint=toy_checkpoint, out=out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def golden_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Model name -> checkpoint file with the deterministic weights, made once."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("goldens")
+
+    def make(model: str) -> Path:
+        path = folder / f"{FILES[model]}.pt"
+        if not path.exists():
+            torch.save({k: torch.from_numpy(v) for k, v in weights(Golden.of(model).manifest).items()}, path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def golden_image() -> np.ndarray[Any, Any]:
+    """The 480 x 720 test image of the goldens."""
+    return image()
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run ``pocketsam ARGS`` in this process through its real entry point."""
+    from pocketsam.cli import main
+
+    def run(*args: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["pocketsam", *map(str, args)])
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+        captured = capfd.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run

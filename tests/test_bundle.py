@@ -1,0 +1,111 @@
+"""Bundles are untrusted: hashes, paths, schema and JSON are checked before anything runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pocketsam
+from pocketsam.bundle import MANIFEST, read_bundle
+from pocketsam.errors import BundleError, UnknownName
+
+
+@pytest.fixture
+def bundle(toy_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(toy_bundle, tmp_path / "copy.bundle"))
+
+
+def edit(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    data = json.loads((bundle / MANIFEST).read_text())
+    change(data)
+    (bundle / MANIFEST).write_text(json.dumps(data))
+
+
+def test_contents(toy_bundle: Path) -> None:
+    bundle = read_bundle(toy_bundle)
+    assert {a.path for a in bundle.artifacts} == {"onnx/encoder.fp32.onnx", "onnx/decoder.fp32.onnx"}
+    for artifact in bundle.artifacts:
+        assert artifact.measured["all"]["mean"] >= 0.999
+        assert set(artifact.measured["box"]) >= {"mean", "p5", "worst", "prompts"}
+        assert bundle.file(artifact).stat().st_size == artifact.bytes
+    assert len(bundle.weights_sha256) == 64
+    assert bundle.tools["torch"]
+    names = {p.name for p in toy_bundle.parent.iterdir()}
+    assert not [n for n in names if n.startswith(".")], "staging folders must be gone"
+
+
+@pytest.mark.parametrize("name", ["onnx/encoder.fp32.onnx", "onnx/decoder.fp32.onnx"])
+def test_flipped_byte(bundle: Path, name: str) -> None:
+    data = bytearray((bundle / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle / name).write_bytes(data)
+    with pytest.raises(BundleError, match="does not match its recorded sha256"):
+        pocketsam.load(bundle)
+
+
+def test_missing_file(bundle: Path) -> None:
+    (bundle / "onnx/decoder.fp32.onnx").unlink()
+    with pytest.raises(BundleError, match=r"lacks onnx/decoder\.fp32\.onnx"):
+        pocketsam.load(bundle)
+
+
+@pytest.mark.parametrize("path", ["../outside.onnx", "/etc/passwd", "onnx/../../x", "C:\\x.onnx", "a\\..\\..\\b"])
+def test_path_leaving_the_folder(bundle: Path, path: str) -> None:
+    edit(bundle, lambda d: d["artifacts"][0].update(path=path))
+    with pytest.raises(BundleError, match="outside its folder"):
+        read_bundle(bundle)
+
+
+def test_symbolic_link_leaving_the_folder(bundle: Path, tmp_path: Path) -> None:
+    target = bundle / "onnx/encoder.fp32.onnx"
+    (tmp_path / "elsewhere.onnx").write_bytes(target.read_bytes())
+    target.unlink()
+    target.symlink_to(tmp_path / "elsewhere.onnx")
+    with pytest.raises(BundleError, match="outside its folder"):
+        read_bundle(bundle)
+
+
+def test_newer_schema(bundle: Path) -> None:
+    edit(bundle, lambda d: d.update(schema=99))
+    with pytest.raises(BundleError, match="upgrade pocketsam"):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize("change", [
+    lambda d: d.pop("artifacts"), lambda d: d.update(slots="many"), lambda d: d.update(slots=10**9),
+    lambda d: d.update(model=None), lambda d: d["model"].update(image_size=-5), lambda d: d["model"].update(extra=1),
+    lambda d: d["model"].update(image_size=10**9), lambda d: d["model"].update(mean=[1, 2]),
+    lambda d: d["artifacts"][0].update(path=7), lambda d: d.update(weights=3), lambda d: d.pop("schema"),
+])
+def test_damaged_manifest(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    edit(bundle, change)
+    with pytest.raises(BundleError):
+        pocketsam.load(bundle)
+
+
+def test_not_a_bundle(tmp_path: Path, bundle: Path) -> None:
+    with pytest.raises(BundleError, match="does not exist"):
+        read_bundle(tmp_path / "nothing.bundle")
+    with pytest.raises(BundleError, match="is not a bundle"):
+        read_bundle(tmp_path)
+    (bundle / MANIFEST).write_text("{" * 100_000)
+    with pytest.raises(BundleError, match="cannot be read"):
+        read_bundle(bundle)
+
+
+def test_wrong_graph_in_the_right_place(bundle: Path) -> None:
+    """An artifact whose names do not follow the contract is refused before it runs."""
+    edit(bundle, lambda d: d["artifacts"][0].update(
+        {k: d["artifacts"][1][k] for k in ("path", "sha256", "bytes")}))
+    with pytest.raises(BundleError, match="expected"):
+        pocketsam.load(bundle)
+
+
+def test_unknown_precision(bundle: Path) -> None:
+    with pytest.raises(UnknownName, match="fp32"):
+        pocketsam.load(bundle, precision="fp23")

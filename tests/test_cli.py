@@ -1,0 +1,85 @@
+"""What the commands print and write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pocketsam import rle
+from pocketsam.photos import photo_paths
+
+Run = Callable[..., Any]
+
+
+def test_models_lists_every_checkpoint_in_full(cli: Run) -> None:
+    rows = json.loads(cli("models", "--json").out)
+    assert {r["model"] for r in rows} >= {"sam_vit_b", "sam_vit_l", "sam_vit_h", "mobile_sam"}
+    for row in rows:
+        assert row["url"].startswith("https://")
+        assert row["licence"]
+        assert row["sha256"] is None or len(row["sha256"]) == 64
+    text = "".join(cli("models").out.split())
+    assert all(r["url"] in text for r in rows), "addresses must not be cut off"
+
+
+def test_doctor(cli: Run) -> None:
+    data = json.loads(cli("doctor", "--json").out)
+    assert data["machine"]["cores"] >= 1
+    rows = {r["name"]: r for r in data["runtimes"]}
+    assert rows["onnxruntime"]["usable"]
+    assert rows["onnxruntime"]["version"]
+    assert cli("doctor").code == 0
+
+
+def test_segment_json_and_files(cli: Run, toy_bundle: Path, tmp_path: Path) -> None:
+    photo = photo_paths()[0]
+    outcome = cli("segment", photo, "--point", "300,180", "--bundle", toy_bundle, "--json", "-o", tmp_path / "o.png",
+                  "--masks", tmp_path / "m", "--threads", "1")
+    data = json.loads(outcome.out)
+    assert data["runtime"] == "onnxruntime"
+    assert data["threads"] == 1
+    assert len(data["masks"]) == 3
+    size = (data["image"]["height"], data["image"]["width"])
+    for row in data["masks"]:
+        mask = rle.decode(row["segmentation"])
+        assert mask.shape == size
+        assert mask.sum() == row["area"]
+        png = np.asarray(Image.open(row["file"]))
+        assert np.array_equal(png > 0, mask)
+    assert Image.open(tmp_path / "o.png").size == size[::-1]
+    assert len(list(tmp_path.iterdir())) == 2, "no temporary files stay behind"
+
+
+def test_segment_boxes(cli: Run, toy_bundle: Path, tmp_path: Path) -> None:
+    photo = photo_paths()[0]
+    outcome = cli("segment", photo, "--box", "10,10,300,200", "--box", "50,50,400,390", "--bundle", toy_bundle,
+                  "--json", "-o", tmp_path / "o.jpg")
+    assert len(json.loads(outcome.out)["masks"]) == 2
+    assert Image.open(tmp_path / "o.jpg").format == "JPEG"
+
+
+def test_version(cli: Run) -> None:
+    from pocketsam import __version__
+
+    assert cli("--version").out.strip() == __version__
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rle_agrees_with_pycocotools(seed: int) -> None:
+    from pycocotools import mask as coco
+
+    rng = np.random.default_rng(seed)
+    masks = [rng.random((37, 53)) < p for p in (0.0, 0.01, 0.5, 0.99, 1.0)]
+    masks.append(np.kron(rng.random((6, 5)) < 0.5, np.ones((90, 70))) > 0)
+    masks += [np.zeros((1, 1), bool), np.ones((1, 7), bool)]
+    for mask in masks:
+        ours = rle.encode(mask)
+        official = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+        assert ours["counts"] == official["counts"].decode()
+        assert np.array_equal(rle.decode(ours), mask)

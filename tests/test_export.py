@@ -1,0 +1,137 @@
+"""The export pipeline: gates, atomic writes, reuse, and ONNX files that are clean and equal the goldens."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from goldens import Golden
+
+import pocketsam
+from pocketsam.bundle import MANIFEST, read_bundle
+from pocketsam.errors import OutputError, ParityError
+from pocketsam.export.graphs import EncoderGraph
+
+# Operators that a finished graph must not hold: layers to fold, and leftovers of tracing.
+UNFINISHED = {"BatchNormalization", "Identity", "Dropout", "Resize", "If", "Loop", "GatherND", "Constant"}
+
+
+@pytest.mark.parametrize("graph", ["encoder", "decoder"])
+def test_onnx_graphs_are_clean(toy_bundle: Path, graph: str) -> None:
+    bundle = read_bundle(toy_bundle)
+    model = onnx.load(str(bundle.file(bundle.find("onnx", "fp32", graph))))
+    operators = {n.op_type for n in model.graph.node}
+    assert not operators & UNFINISHED
+    assert {n.domain for n in model.graph.node} <= {"", "ai.onnx"}
+    spec = bundle.spec.encoder_graph() if graph == "encoder" else bundle.spec.decoder_graph(bundle.slots)
+    for info, tensor in zip([*model.graph.input, *model.graph.output], [*spec.inputs, *spec.outputs], strict=True):
+        shape = tuple(d.dim_param or d.dim_value for d in info.type.tensor_type.shape.dim)
+        assert (info.name, shape) == (tensor.name, tensor.shape)
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in inferred.graph.value_info}
+    assert len(ranks) > 20
+    assert max(ranks.values()) <= 4
+
+
+def test_failed_gate_leaves_nothing(toy_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that computes something else must be caught by the mask gate."""
+    original = EncoderGraph.forward
+
+    def wrong(self: EncoderGraph, image: Any) -> Any:
+        return tuple(f * 0.5 for f in original(self, image))
+
+    monkeypatch.setattr(EncoderGraph, "forward", wrong)
+    with pytest.raises(ParityError, match=r"below the gate of 0\.999"):
+        pocketsam.export("toy_sam", checkpoint=toy_checkpoint, out=tmp_path / "bad.bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_gate_keeps_the_old_bundle(toy_bundle: Path, toy_checkpoint: Path, tmp_path: Path,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "toy.bundle"
+    pocketsam.export("toy_sam", checkpoint=toy_checkpoint, out=out)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    monkeypatch.setattr("pocketsam.export.pipeline._key", lambda *args: "changed")
+    monkeypatch.setattr("pocketsam.export.onnx.OnnxExporter.export", staticmethod(_fail))
+    with pytest.raises(OutputError, match="No space left"):
+        pocketsam.export("toy_sam", checkpoint=toy_checkpoint, out=out)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["toy.bundle"]
+
+
+def _fail(*args: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_unchanged_artifacts_are_kept(toy_checkpoint: Path, tmp_path: Path) -> None:
+    out, lines = tmp_path / "toy.bundle", []
+    pocketsam.export("toy_sam", checkpoint=toy_checkpoint, out=out)
+    first = json.loads((out / MANIFEST).read_text())
+    pocketsam.export("toy_sam", checkpoint=toy_checkpoint, out=out, report=lines.append)
+    assert sum(line.startswith("kept") for line in lines) == 2
+    assert json.loads((out / MANIFEST).read_text()) == first
+    (out / "onnx/decoder.fp32.onnx").write_bytes(b"damaged")
+    pocketsam.export("toy_sam", checkpoint=toy_checkpoint, out=out, report=lines.append)
+    assert "exporting onnx/decoder.fp32.onnx" in lines
+    pocketsam.load(out)
+
+
+def test_a_folder_that_is_no_bundle_is_not_replaced(toy_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(OutputError, match="is not a bundle"):
+        pocketsam.export("toy_sam", checkpoint=toy_checkpoint, out=tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
+
+
+FULL_DISK = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+import conftest
+from pocketsam import registry
+from pocketsam.models import catalog
+from pocketsam.specs import ModelSpec
+catalog.SPECS["toy_sam"] = ModelSpec(name="toy_sam", family="sam", image_size=128, embed_dim=32, embed_size=8)
+registry.MODELS["toy_sam"] = "toy_model:build"
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+sys.argv = ["pocketsam", "export", "toy_sam", "--checkpoint", {checkpoint!r}, "-o", {out!r}]
+from pocketsam.cli import main
+main()
+"""
+
+
+def test_full_disk(toy_checkpoint: Path, tmp_path: Path) -> None:
+    """A file that cannot grow, as on a full disk: one sentence, exit code 2, nothing left."""
+    out = tmp_path / "toy.bundle"
+    code = FULL_DISK.format(tests=str(Path(__file__).parent), checkpoint=str(toy_checkpoint), out=str(out))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "cannot write" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["mobile_sam", "sam_vit_b"])
+def test_exported_bundle_equals_the_goldens(model: str, golden_checkpoint: Callable[[str], Path], tmp_path: Path,
+                                            golden_image: np.ndarray[Any, Any]) -> None:
+    golden = Golden.of(model)
+    pocketsam.export(model, checkpoint=golden_checkpoint(model), out=tmp_path / "b", images=[golden_image])
+    sam = pocketsam.load(tmp_path / "b", runtime="onnxruntime", threads=2)
+    sam.set_image(golden_image)
+    for name, p in golden.manifest["prompts"].items():
+        mask = golden.arrays["mask_input"] if p["mask"] else None
+        for mode in ("single", "multi"):
+            result = sam.predict(p["points"], p["labels"], p["box"], mask, multimask=mode == "multi")
+            wrong = (golden.masks(name, mode) != result.masks).sum(axis=(1, 2))
+            assert wrong.max() <= 10, (name, mode, wrong)
+            assert np.abs(result.scores - golden.arrays[f"{name}/{mode}/iou"]).max() <= 2e-5
+            low = result.logits[:, 1::4, 2::4][:, ::2, ::2]
+            assert np.abs(low - golden.arrays[f"{name}/{mode}/low_sub"]).max() <= 1e-4
