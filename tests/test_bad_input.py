@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 import zlib
 from collections.abc import Callable
@@ -121,6 +122,24 @@ def test_names(cli: Run, toy_bundle: Path, toy_checkpoint: Path, folder: Path) -
     refused(cli(*segment, "--bundle", folder / "no.bundle"), "does not exist")
     refused(cli(*segment, "--bundle", toy_bundle, "--runtime", "pytorch"), "checkpoint")
     assert not out.exists()
+
+
+def test_damaged_bundles(cli: Run, toy_bundle: Path, folder: Path) -> None:
+    bundle = Path(shutil.copytree(toy_bundle, folder / "copy.bundle"))
+    manifest = (bundle / "bundle.json").read_text()
+    segment = ("segment", folder / "good.png", "--point", "5,5", "--bundle", bundle, "-o", folder / "out.png")
+    (bundle / "bundle.json").write_text(manifest.replace('"schema": 1', '"schema": 2'))
+    refused(cli(*segment), "upgrade pocketsam")
+    (bundle / "bundle.json").write_text(manifest.replace("onnx/encoder", "../encoder"))
+    refused(cli(*segment), "outside its folder")
+    (bundle / "bundle.json").write_text(manifest)
+    data = bytearray((bundle / "onnx/encoder.fp32.onnx").read_bytes())
+    data[1000] ^= 1
+    (bundle / "onnx/encoder.fp32.onnx").write_bytes(data)
+    refused(cli(*segment), "does not match its recorded sha256")
+    (bundle / "onnx/encoder.fp32.onnx").unlink()
+    refused(cli(*segment), "lacks onnx/encoder.fp32.onnx")
+    assert not (folder / "out.png").exists()
 
 
 def test_wrong_checkpoints(cli: Run, toy_checkpoint: Path, folder: Path) -> None:

@@ -31,18 +31,20 @@ def thinning(key: str) -> tuple[slice, ...]:
 
 
 def pack(source: Path, target: Path, name: str) -> int:
-    """Write ``<name>.npz`` and ``<name>.json.xz``; returns their bytes."""
+    """Write ``<name>.json.xz`` and, where there are outputs, ``<name>.npz``; returns their bytes."""
     manifest = json.loads((source / f"{name}.json").read_text())
     small = {k: manifest[k] for k in FIELDS if k in manifest}
+    target.mkdir(parents=True, exist_ok=True)
+    text = lzma.compress(json.dumps(small, separators=(",", ":")).encode(), preset=9)
+    (target / f"{name}.json.xz").write_bytes(text)
+    if not (source / f"{name}.npz").exists():
+        return len(text)
     arrays = {}
     with np.load(source / f"{name}.npz") as data:
         for key in data.files:
             if any(part in key for part in DROPPED):
                 continue
             arrays[key] = data[key][thinning(key)]
-    target.mkdir(parents=True, exist_ok=True)
-    text = lzma.compress(json.dumps(small, separators=(",", ":")).encode(), preset=9)
-    (target / f"{name}.json.xz").write_bytes(text)
     np.savez_compressed(target / f"{name}.npz", **arrays)
     return len(text) + (target / f"{name}.npz").stat().st_size
 

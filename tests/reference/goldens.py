@@ -34,7 +34,7 @@ class Golden:
     @classmethod
     def of(cls, model: str) -> Golden:
         name = FILES[model]
-        manifest = json.loads(lzma.decompress((HERE / f"{name}.json.xz").read_bytes()))
+        manifest = read_manifest(name)
         with np.load(HERE / f"{name}.npz") as data:
             return cls(manifest, dict(data))
 
@@ -43,6 +43,12 @@ class Golden:
         shape = (len(self.arrays[f"{prompt}/{mode}/iou"]), *self.manifest["mask_shape"])
         bits = np.unpackbits(self.arrays[f"{prompt}/{mode}/mask_bits"])
         return bits[: int(np.prod(shape))].reshape(shape).astype(bool)
+
+
+def read_manifest(name: str) -> dict[str, Any]:
+    """The official state_dict's keys and shapes, and the facts of the golden run."""
+    manifest: dict[str, Any] = json.loads(lzma.decompress((HERE / f"{name}.json.xz").read_bytes()))
+    return manifest
 
 
 def tensor(key: str, shape: tuple[int, ...], var_scale: float = 1.0) -> np.ndarray[Any, Any]:
