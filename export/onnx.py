@@ -25,6 +25,7 @@ class OnnxExporter:
     runtime = "onnxruntime"
     extension = "onnx"
     precisions = ("fp32",)
+    absorb = True
 
     @staticmethod
     def tools() -> dict[str, str]:

@@ -20,7 +20,7 @@ from pocketsam.bundle import MANIFEST, Artifact, Bundle, read_bundle, to_json
 from pocketsam.errors import BundleError, OutputError, ParityError, UnknownName, UsageError
 from pocketsam.export import rewrites
 from pocketsam.export.graphs import DecoderGraph, EncoderGraph
-from pocketsam.files import sha256_file, staged_folder
+from pocketsam.files import sha256_file, sha256_path, size_of, staged_folder
 from pocketsam.images import ImageLike, Rgb, load_rgb
 from pocketsam.models.checkpoints import licence_of
 from pocketsam.models.loading import load_model, weights_sha256
@@ -115,8 +115,9 @@ def _existing(out: Path) -> Bundle | None:
 
 def _make(exporter: Any, model: Any, graph: str, precision: str, slots: int, sha256: str, kept: list[Artifact],
           old: Bundle | None, staging: Path, report: Report) -> Artifact:
+    prepared = rewrites.with_absorbed_decoder(model) if graph == "decoder" and exporter.absorb else model
     module: EncoderGraph | DecoderGraph = (
-        EncoderGraph(model) if graph == "encoder" else DecoderGraph(model, slots)).eval()
+        EncoderGraph(prepared) if graph == "encoder" else DecoderGraph(prepared, slots)).eval()
     spec: ModelSpec = model.spec
     graph_spec = spec.encoder_graph() if graph == "encoder" else spec.decoder_graph(slots)
     relative = f"{exporter.name}/{graph}.{precision}.{exporter.extension}"
@@ -129,7 +130,7 @@ def _make(exporter: Any, model: Any, graph: str, precision: str, slots: int, sha
         return same
     report(f"exporting {relative}")
     exporter.export(module, graph_spec, precision, path)
-    return Artifact(relative, graph, exporter.name, precision, sha256_file(path), path.stat().st_size,
+    return Artifact(relative, graph, exporter.name, precision, sha256_path(path), size_of(path),
                     _rows(graph_spec.inputs), _rows(graph_spec.outputs), key)
 
 
@@ -140,7 +141,10 @@ def _copy(old: Bundle, row: Artifact, path: Path) -> bool:
     except BundleError:
         return False
     path.parent.mkdir(exist_ok=True, parents=True)
-    shutil.copyfile(source, path)
+    if source.is_dir():
+        shutil.copytree(source, path)
+    else:
+        shutil.copyfile(source, path)
     return True
 
 

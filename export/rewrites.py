@@ -5,6 +5,7 @@ They change the model in place: export works on its own instance, never on the P
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -19,12 +20,19 @@ from pocketsam.models.tiny_vit import ConvBn
 
 @torch.no_grad()
 def prepare(model: SegmentAnything) -> SegmentAnything:
-    """Apply every rewrite that fits the model."""
+    """Apply every rewrite that helps all formats."""
     fuse_conv_bn(model)
     freeze_window_bias(model)
     fold_std(model)
-    absorb_projections(model.mask_decoder)
+    matmul_upscale(model.mask_decoder)
     return model.requires_grad_(False)
+
+
+def with_absorbed_decoder(model: SegmentAnything) -> SegmentAnything:
+    """The same model with a decoder of its own (16 MB) whose projections are absorbed; for formats that gain by it."""
+    decoder = copy.deepcopy(model.mask_decoder)
+    absorb_projections(decoder)
+    return SegmentAnything(model.spec, model.image_encoder, model.prompt_encoder, decoder).eval().requires_grad_(False)
 
 
 def fuse_conv_bn(module: nn.Module) -> None:
@@ -84,6 +92,10 @@ def absorb_projections(decoder: MaskDecoder) -> None:
         block.cross_attn_image_to_token = ImageToToken(block.cross_attn_image_to_token)  # type: ignore[assignment]
     final = TokenToImage(transformer.final_attn_token_to_image)
     transformer.final_attn_token_to_image = final  # type: ignore[assignment]
+
+
+def matmul_upscale(decoder: MaskDecoder) -> None:
+    """Reason: see :class:`MatmulUpscale`. Decoders with skip features need spatial order and keep the convolutions."""
     if not decoder.high_res:
         decoder.fast_upscale = MatmulUpscale(decoder)
 

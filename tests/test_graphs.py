@@ -54,12 +54,14 @@ def prompts(model: SegmentAnything, frame: Frame) -> list[Prompt]:
     return made
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["plain", "rewritten"])
-def test_fixed_slots_equal_the_dynamic_decoder(model: SegmentAnything, prepared: bool) -> None:
+@pytest.mark.parametrize("form", ["plain", "rewritten", "absorbed"])
+def test_fixed_slots_equal_the_dynamic_decoder(model: SegmentAnything, form: str) -> None:
     frame = Frame.of(120, 200, model.spec)
     reference = PyTorchRuntime(model, "toy")
     features = {"image_embeddings": torch.randn(1, 32, 8, 8)}
-    fixed = DecoderGraph(rewrites.prepare(copy.deepcopy(model)) if prepared else model, SLOTS)
+    forms = {"plain": lambda: model, "rewritten": lambda: rewrites.prepare(copy.deepcopy(model)),
+             "absorbed": lambda: rewrites.with_absorbed_decoder(rewrites.prepare(copy.deepcopy(model)))}
+    fixed = DecoderGraph(forms[form](), SLOTS)
     for prompt in prompts(model, frame):
         inputs = decoder_inputs([prompt], frame, model.spec, SLOTS)
         arrays = {k: v.numpy() for k, v in features.items()}
@@ -167,7 +169,8 @@ def traced_ranks(graph: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]
 def test_no_tensor_above_four_dimensions(toy_registered: None, name: str) -> None:
     built = rewrites.prepare(registry.load("model", name)())
     for graph, spec in ((EncoderGraph(built), built.spec.encoder_graph()),
-                        (DecoderGraph(built, SLOTS), built.spec.decoder_graph(SLOTS))):
+                        (DecoderGraph(built, SLOTS), built.spec.decoder_graph(SLOTS)),
+                        (DecoderGraph(rewrites.with_absorbed_decoder(built), SLOTS), built.spec.decoder_graph(SLOTS))):
         ranks = traced_ranks(graph.eval(), example_inputs(spec, 1))
         assert max(ranks.values()) <= 4, {k: r for k, r in ranks.items() if r > 4}
 

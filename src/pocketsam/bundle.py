@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pocketsam.errors import BundleError, UnknownName
-from pocketsam.files import sha256_file
+from pocketsam.files import sha256_path, size_of
 from pocketsam.specs import ModelSpec
 
 MANIFEST = "bundle.json"
@@ -24,10 +24,10 @@ class Artifact:
     """One exported graph.
 
     Attributes:
-        path: POSIX path relative to the bundle.
+        path: POSIX path relative to the bundle: a file, or a folder for formats of several files.
         graph: ``encoder`` or ``decoder``.
         format, precision: e.g. ``onnx`` and ``fp32``.
-        sha256, bytes: of the file.
+        sha256, bytes: of the file, or of all files of the folder (``pocketsam.files.sha256_path``).
         inputs, outputs: [{name, dtype, shape}] as exported.
         key: sha256 of everything the artifact depends on; export rebuilds it only when this changes.
         measured: numbers taken when it was made (tensor error, mask agreement, seconds).
@@ -79,15 +79,19 @@ class Bundle:
         raise UnknownName("precision", precision, [a.precision for a in rows])
 
     def file(self, artifact: Artifact) -> Path:
-        """The artifact's file after checking that it stays in the folder and matches its hash.
+        """The artifact's file or folder after checking that it stays in the bundle and matches its hash.
 
         Raises:
             BundleError: the path leaves the folder, the file is missing, or its bytes changed.
         """
         path = safe_path(self.root, artifact.path)
-        if not path.is_file():
+        if not path.exists():
             raise BundleError(f"{self.root} lacks {artifact.path}; the bundle is incomplete: export it again.")
-        if path.stat().st_size != artifact.bytes or sha256_file(path) != artifact.sha256:
+        try:
+            intact = size_of(path) == artifact.bytes and sha256_path(path) == artifact.sha256
+        except (OSError, ValueError):
+            intact = False
+        if not intact:
             raise BundleError(f"{path} does not match its recorded sha256; the file was changed or damaged: "
                               "export the bundle again.")
         return path

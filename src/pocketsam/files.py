@@ -72,6 +72,31 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_path(path: Path) -> str:
+    """Hex sha256 of a file, or of a folder: over the sorted relative names and hashes of its files.
+
+    Raises:
+        OSError: something cannot be read.
+        ValueError: the folder holds a symbolic link, which could lead anywhere.
+    """
+    if not path.is_dir():
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    for name, file in sorted((p.relative_to(path).as_posix(), p) for p in path.rglob("*")):
+        if file.is_symlink():
+            raise ValueError(f"{file} is a symbolic link")
+        if file.is_file():
+            digest.update(f"{name}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    if not path.is_dir():
+        return path.stat().st_size
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+
+
 def _umask() -> int:
     value = os.umask(0)
     os.umask(value)

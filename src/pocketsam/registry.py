@@ -18,11 +18,15 @@ class Package(NamedTuple):
 
 FORMATS = {
     "onnx": "pocketsam.export.onnx:OnnxExporter",
+    "openvino": "pocketsam.export.openvino:OpenVinoExporter",
+    "litert": "pocketsam.export.litert:LiteRtExporter",
 }
 
 RUNTIMES = {
     "pytorch": "pocketsam.runtimes.pytorch:PyTorchRuntime",
     "onnxruntime": "pocketsam.runtimes.onnxruntime:OnnxRuntime",
+    "openvino": "pocketsam.runtimes.openvino:OpenVinoRuntime",
+    "litert": "pocketsam.runtimes.litert:LiteRtRuntime",
 }
 
 MODELS = {
@@ -33,15 +37,21 @@ MODELS = {
 }
 
 # The format that each runtime executes; PyTorch needs the checkpoint, not an artifact.
-RUNTIME_FORMATS = {"onnxruntime": "onnx"}
+RUNTIME_FORMATS = {"onnxruntime": "onnx", "openvino": "openvino", "litert": "litert"}
 
 RUNTIME_PACKAGES = {
     "pytorch": Package("torch", "torch", "torch"),
     "onnxruntime": Package("onnxruntime", "onnxruntime", "onnx"),
+    "openvino": Package("openvino", "openvino", "openvino"),
+    "litert": Package("ai_edge_litert", "ai-edge-litert", "litert"),
 }
 
 # Distributions that exporting to a format needs.
-FORMAT_PACKAGES = {"onnx": ("torch", "onnx", "onnxscript", "onnxruntime")}
+FORMAT_PACKAGES = {
+    "onnx": ("torch", "onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("torch", "onnx", "onnxscript", "openvino"),
+    "litert": ("torch", "litert-torch", "ai-edge-quantizer", "ai-edge-litert"),
+}
 
 _TABLES = {"format": FORMATS, "runtime": RUNTIMES, "model": MODELS}
 

@@ -1,0 +1,43 @@
+"""OpenVINO IR, converted from the ONNX form of the graph."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import openvino as ov
+
+from pocketsam.export.graphs import DecoderGraph, EncoderGraph
+from pocketsam.export.onnx import OnnxExporter
+from pocketsam.specs import GraphSpec
+
+MODEL_FILE = "model.xml"
+
+
+class OpenVinoExporter:
+    """Writes ``openvino/<graph>.<precision>.ir/model.xml`` and ``model.bin``; fp16 stores the weights in half size.
+
+    Conversion goes through ONNX: tracing the torch module directly took 57 s instead of 1.4 s for MobileSAM's encoder
+    and left shape arithmetic in the graph, at the same speed of the result.
+    """
+
+    name = "openvino"
+    runtime = "openvino"
+    extension = "ir"
+    precisions = ("fp32", "fp16")
+    absorb = True
+
+    @staticmethod
+    def tools() -> dict[str, str]:
+        """Versions that an artifact depends on."""
+        return {**OnnxExporter.tools(), "openvino": ov.get_version()}
+
+    @staticmethod
+    def export(graph: EncoderGraph | DecoderGraph, spec: GraphSpec, precision: str, path: Path) -> None:
+        """Convert one graph and write its folder."""
+        with tempfile.TemporaryDirectory() as folder:
+            onnx_file = Path(folder) / "graph.onnx"
+            OnnxExporter.export(graph, spec, "fp32", onnx_file)
+            model = ov.convert_model(onnx_file)
+            path.mkdir()
+            ov.save_model(model, path / MODEL_FILE, compress_to_fp16=precision == "fp16")
