@@ -70,6 +70,9 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
         for exporter in exporters:
             tools |= exporter.tools()
             for precision in precisions:
+                if precision not in exporter.precisions:
+                    report(f"skipping {exporter.name} {precision}: this format has {', '.join(exporter.precisions)}")
+                    continue
                 for graph in ("encoder", "decoder"):
                     rows.append(_make(exporter, loaded, graph, precision, slots, sha256, kept, old, staging, report))
         rows += _carry_over(kept, rows, old, staging)
@@ -90,10 +93,9 @@ def _check(formats: Sequence[str], precisions: Sequence[str], slots: int, gate: 
     if gate is not None and not 0 <= gate <= 1:
         raise UsageError(f"gate is {gate}; expected a mask IoU from 0 to 1.")
     exporters = [registry.load("format", f) for f in dict.fromkeys(formats)]
-    for exporter in exporters:
-        for precision in precisions:
-            if precision not in exporter.precisions:
-                raise UnknownName(f"precision of {exporter.name}", precision, exporter.precisions)
+    for precision in precisions:
+        if not any(precision in e.precisions for e in exporters):
+            raise UnknownName("precision", precision, {p for e in exporters for p in e.precisions})
     return exporters
 
 
@@ -162,7 +164,7 @@ def _prove(bundle: Bundle, model: str, checkpoint: Path, exporters: Sequence[Any
     for exporter in exporters:
         for precision in precisions:
             pair = [i for i, a in enumerate(rows) if (a.format, a.precision) == (exporter.name, precision)]
-            if all(rows[i].measured for i in pair):
+            if not pair or all(rows[i].measured for i in pair):
                 continue
             report(f"measuring {exporter.name} {precision} on {len(images)} images")
             candidate = Predictor(open_bundle(bundle, exporter.runtime, precision))

@@ -95,9 +95,8 @@ def absorb_projections(decoder: MaskDecoder) -> None:
 
 
 def matmul_upscale(decoder: MaskDecoder) -> None:
-    """Reason: see :class:`MatmulUpscale`. Decoders with skip features need spatial order and keep the convolutions."""
-    if not decoder.high_res:
-        decoder.fast_upscale = MatmulUpscale(decoder)
+    """Reason: see :class:`MatmulUpscale`."""
+    decoder.fast_upscale = MatmulUpscale(decoder)
 
 
 def _by_head(linear: nn.Linear, heads: int) -> Tensor:
@@ -203,16 +202,36 @@ class MatmulUpscale(nn.Module):
         weight = conv.weight.detach()
         return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
 
-    def forward(self, keys: Tensor, hyper: Tensor, h: int, w: int) -> Tensor:
-        """Image tokens (B, h * w, C) and hyper (B, 4, C / 8) -> masks (B, 4, 4h, 4w)."""
+    def forward(self, keys: Tensor, hyper: Tensor, h: int, w: int, high_res: list[Tensor]) -> Tensor:
+        """Image tokens (B, h * w, C), hyper (B, 4, C / 8) and skip features or none -> masks (B, 4, 4h, 4w)."""
         b, n, _ = keys.shape
         c1, c2 = self.norm.weight.shape[0], hyper.shape[-1]
         x = (keys @ self.w1 + self.b1).reshape(b, n * 4, c1)
+        if high_res:
+            x = x + blocked(high_res[1], h, w, 1)
         x = self.act1(nn.functional.layer_norm(x, (c1,), self.norm.weight, self.norm.bias, self.norm.eps))
-        x = self.act2((x @ self.w2 + self.b2).reshape(b, n * 16, c2))
+        x = (x @ self.w2 + self.b2).reshape(b, n * 16, c2)
+        if high_res:
+            x = x + blocked(high_res[0], h, w, 2)
+        x = self.act2(x)
         m = hyper.shape[1]
         masks: Tensor = hyper @ x.transpose(1, 2)
         # Memory order is (Y, X, ky1, kx1, ky2, kx2); two 4-D transpositions make it rows and columns.
         masks = masks.reshape(b * m * h, w, 2, 8).transpose(1, 2)
         masks = masks.reshape(b * m * h * 2, w * 2, 2, 2).transpose(1, 2)
         return masks.reshape(b, m, 4 * h, 4 * w)
+
+
+def blocked(feature: Tensor, h: int, w: int, levels: int) -> Tensor:
+    """Skip feature (B, C, h * 2^levels, w * 2^levels) -> (B, h * w * 4^levels, C) in the order of MatmulUpscale.
+
+    Every level moves one bit of row and column inside: [.. y, ky, x, kx, rest] -> [.. y, x, ky, kx, rest].
+    """
+    b, c, _, _ = feature.shape
+    x = feature.permute(0, 2, 3, 1)
+    inner = c
+    for level in reversed(range(levels)):
+        rows, cols = b * (h << level), w << level
+        x = x.reshape(rows, 2, cols, 2 * inner).transpose(1, 2)
+        inner *= 4
+    return x.reshape(b, h * w * 4**levels, c)

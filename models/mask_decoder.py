@@ -153,7 +153,7 @@ class MaskDecoder(nn.Module):
         """Image tokens (B, h * w, C) and hypernetwork outputs (B, 4, C / 8) -> mask logits (B, 4, 4h, 4w)."""
         b, _, c = keys.shape
         if self.fast_upscale is not None:
-            masks: Tensor = self.fast_upscale(keys, hyper, h, w)
+            masks: Tensor = self.fast_upscale(keys, hyper, h, w, high_res)
             return masks
         upscaled = self.upscale(keys.transpose(1, 2).reshape(b, c, h, w), high_res)
         return (hyper @ upscaled.flatten(2)).reshape(b, self.masks, 4 * h, 4 * w)

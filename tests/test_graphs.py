@@ -72,6 +72,18 @@ def test_fixed_slots_equal_the_dynamic_decoder(model: SegmentAnything, form: str
             assert np.abs(tensor.numpy() - expected[name]).max() <= 1e-5 * spread, (prompt, name)
 
 
+def test_rewritten_decoder_with_skip_features() -> None:
+    """lite0's decoder adds skip features while upscaling; the matrix form must add them at the same places."""
+    torch.manual_seed(4)
+    built: SegmentAnything = registry.load("model", "lite0")()
+    spec = built.spec.decoder_graph(SLOTS)
+    inputs = example_inputs(spec, 2)
+    expected = DecoderGraph(built, SLOTS)(*inputs)
+    rewritten = rewrites.with_absorbed_decoder(rewrites.prepare(copy.deepcopy(built)))
+    for got, want in zip(DecoderGraph(rewritten, SLOTS)(*inputs), expected, strict=True):
+        assert (got - want).abs().max() <= 2e-5 * max(1.0, float(want.std()))
+
+
 def test_slot_count_does_not_change_masks(model: SegmentAnything) -> None:
     frame = Frame.of(120, 200, model.spec)
     prompt = Prompt.of(frame, model.spec, points=[(30, 40), (90, 60)], labels=[1, 0])
@@ -165,7 +177,7 @@ def traced_ranks(graph: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]
     return {str(n.target): n.meta["val"].ndim for n in program.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
 
 
-@pytest.mark.parametrize("name", ["toy_sam", "mobile_sam"])
+@pytest.mark.parametrize("name", ["toy_sam", "mobile_sam", "lite0"])
 def test_no_tensor_above_four_dimensions(toy_registered: None, name: str) -> None:
     built = rewrites.prepare(registry.load("model", name)())
     for graph, spec in ((EncoderGraph(built), built.spec.encoder_graph()),

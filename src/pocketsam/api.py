@@ -7,23 +7,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocketsam import registry
-from pocketsam.bundle import Bundle, read_bundle
-from pocketsam.errors import BundleError, UnknownName, UsageError
+from pocketsam.builtin import BUILTIN_MODEL, checkpoint_for
+from pocketsam.bundle import MANIFEST, Bundle, read_bundle
+from pocketsam.errors import UsageError
 from pocketsam.predictor import Predictor
 
 if TYPE_CHECKING:
     from pocketsam.runtime import Runtime
 
 
-def load(source: str | Path, *, runtime: str = "auto", checkpoint: str | Path | None = None,
+def load(source: str | Path = BUILTIN_MODEL, *, runtime: str = "auto", checkpoint: str | Path | None = None,
          precision: str = "fp32", threads: int | None = None) -> Predictor:
     """Open a bundle, or a model straight from its checkpoint with the PyTorch runtime.
 
     Args:
-        source: a bundle folder, or a model name together with ``checkpoint``.
-        runtime: ``onnxruntime``, ``pytorch``, or ``auto`` for a runtime of this bundle that is installed.
-        checkpoint: official checkpoint file, for ``runtime="pytorch"``.
-        precision: ``fp32``.
+        source: a bundle folder, or a model name together with ``checkpoint``; by default the built-in model.
+        runtime: ``onnxruntime``, ``openvino``, ``litert``, ``coreml``, ``pytorch``, or ``auto``: the fastest runtime of
+            this bundle, measured here once (a few seconds) and remembered.
+        checkpoint: official checkpoint file, for ``runtime="pytorch"``; lite0's ships with the package.
+        precision: ``fp32``, ``fp16``, or ``auto`` to let the measurement choose that too.
         threads: CPU threads; the engine's default when None.
 
     Raises:
@@ -33,25 +35,36 @@ def load(source: str | Path, *, runtime: str = "auto", checkpoint: str | Path | 
         raise UsageError(f"threads is {threads}; expected at least 1.")
     if runtime != "auto":
         registry.check("runtime", runtime)
-    if checkpoint is not None or (runtime == "pytorch" and not Path(source).is_dir()):
-        return Predictor(_from_checkpoint(str(source), runtime, checkpoint, threads))
-    if not Path(source).exists() and str(source) in registry.MODELS:
-        raise UsageError(f"{source} is a model name; pass its checkpoint, or the folder of an exported bundle.")
-    if not Path(source).exists() and Path(source).name == str(source) and "." not in str(source):
-        raise UnknownName("bundle or model", str(source), registry.MODELS)
+    name = str(source)
+    is_bundle = (Path(source) / MANIFEST).is_file()
+    if not is_bundle and (name in registry.MODELS or _looks_like_a_name(source)):
+        registry.check("model", name)
+        return Predictor(_from_checkpoint(name, runtime, checkpoint, threads))
+    if checkpoint is not None:
+        raise UsageError(f"{source} is a bundle path; a checkpoint goes with a model name.")
     return Predictor(open_bundle(read_bundle(source), runtime, precision, threads))
+
+
+def _looks_like_a_name(source: str | Path) -> bool:
+    """A bare word that is no path here: most likely a misspelt model."""
+    return not Path(source).exists() and Path(source).name == str(source) and "." not in str(source)
 
 
 def open_bundle(bundle: Bundle, runtime: str = "auto", precision: str = "fp32",
                 threads: int | None = None) -> Runtime:
     """Open the artifacts of a bundle in one runtime."""
+    if runtime != "auto" and precision == "auto":
+        precision = _only_precision(bundle, runtime)
     if runtime == "auto":
-        runtime = _installed_runtime(bundle)
+        from pocketsam.tune import choose, tune
+
+        chosen = choose(tune(bundle, threads), None if precision == "auto" else precision)
+        runtime, precision = chosen.runtime, chosen.precision
     opened: Runtime = registry.load("runtime", runtime).open(bundle, precision=precision, threads=threads)
     return opened
 
 
-def export(model: str, *, checkpoint: str | Path, formats: Sequence[str] = ("onnx",),
+def export(model: str = BUILTIN_MODEL, *, checkpoint: str | Path | None = None, formats: Sequence[str] = ("onnx",),
            precisions: Sequence[str] = ("fp32",), out: str | Path, slots: int | None = None,
            **options: Any) -> Bundle:
     """Export a model to a bundle; see :func:`pocketsam.export.pipeline.export_bundle` for the options.
@@ -70,29 +83,21 @@ def export(model: str, *, checkpoint: str | Path, formats: Sequence[str] = ("onn
         raise MissingDependency(str(e.name), "export", "exporting") from e
     if slots is not None:
         options["slots"] = slots
-    bundle: Bundle = run(model, checkpoint=Path(checkpoint), formats=list(formats), precisions=list(precisions),
-                         out=Path(out), **options)
+    bundle: Bundle = run(model, checkpoint=checkpoint_for(model, checkpoint), formats=list(formats),
+                         precisions=list(precisions), out=Path(out), **options)
     return bundle
 
 
 def _from_checkpoint(model: str, runtime: str, checkpoint: str | Path | None, threads: int | None) -> Runtime:
     if runtime not in ("auto", "pytorch"):
         raise UsageError(f"a checkpoint runs on the pytorch runtime only, not on {runtime}; export a bundle for it.")
-    registry.check("model", model)
-    if checkpoint is None:
-        raise UsageError(f"the pytorch runtime needs the checkpoint of {model}; pass checkpoint=FILE.")
-    opened: Runtime = registry.load("runtime", "pytorch").from_checkpoint(model, Path(checkpoint), threads=threads)
+    opened: Runtime = registry.load("runtime", "pytorch").from_checkpoint(
+        model, checkpoint_for(model, checkpoint), threads=threads)
     return opened
 
 
-def _installed_runtime(bundle: Bundle) -> str:
-    from importlib.util import find_spec
-
-    fitting = [r for r, f in registry.RUNTIME_FORMATS.items() if f in bundle.formats()]
-    for name in fitting:
-        if find_spec(registry.RUNTIME_PACKAGES[name].module) is not None:
-            return name
-    if not fitting:
-        raise BundleError(f"{bundle.root} holds {', '.join(bundle.formats()) or 'no artifacts'}, which no runtime "
-                          "of this version executes.")
-    raise registry.missing_runtime(fitting[0])
+def _only_precision(bundle: Bundle, runtime: str) -> str:
+    """The most accurate precision that the bundle holds for a runtime."""
+    format_ = registry.RUNTIME_FORMATS.get(registry.check("runtime", runtime))
+    held = {a.precision for a in bundle.artifacts if a.format == format_}
+    return next((p for p in ("fp32", "fp16", "int8") if p in held), "fp32")

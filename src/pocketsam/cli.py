@@ -20,6 +20,7 @@ app = typer.Typer(help="Segment Anything on phones, browsers and boards: export,
 # A pipe has no width: leave tables whole there instead of cutting them at 80 columns.
 out = Console(width=None if sys.stdout.isatty() else 180)
 err = Console(stderr=True)
+STARTED = time.perf_counter()
 
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON instead of a table.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; the engine's default when left out.")]
@@ -70,9 +71,9 @@ def models(json_: Json = False) -> None:
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="Model name, see `pocketsam models`.")],
-    checkpoint: Annotated[Path, typer.Option(help="Official checkpoint file.")],
-    to: Annotated[str, typer.Option(help="Formats, separated by commas.")] = "onnx",
+    model: Annotated[str, typer.Argument(help="Model name, see `pocketsam models`.")] = "lite0",
+    checkpoint: Annotated[Path | None, typer.Option(help="Official checkpoint file; lite0 needs none.")] = None,
+    to: Annotated[str, typer.Option(help="Formats, separated by commas, or all.")] = "onnx",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Bundle folder; default MODEL.bundle.")] = None,
     precision: Annotated[str, typer.Option(help="Precisions, separated by commas.")] = "fp32",
     slots: Annotated[int | None, typer.Option(help="Prompt slots of the decoder; default 8.")] = None,
@@ -82,16 +83,11 @@ def export(
     json_: Json = False,
 ) -> None:
     """Export a checkpoint to a bundle, proven against PyTorch."""
-    started = time.perf_counter()
     images = None if parity_images is None else _images_in(parity_images)
 
-    def report(text: str) -> None:
-        if not json_:
-            err.print(f"[dim]{time.perf_counter() - started:6.1f} s[/]  {_escape(text)}", highlight=False)
-
-    bundle = pocketsam.export(model, checkpoint=checkpoint, formats=_names(to), precisions=_names(precision),
+    bundle = pocketsam.export(model, checkpoint=checkpoint, formats=_formats(to), precisions=_names(precision),
                               out=output or Path(f"{model}.bundle"), slots=slots, gate=gate, images=images,
-                              report=report)
+                              report=lambda t: _progress(t, json_))
     if json_:
         from pocketsam.bundle import to_json
 
@@ -110,7 +106,7 @@ def export(
 @app.command()
 def segment(
     image: Annotated[Path, typer.Argument(help="Photo.")],
-    bundle: Annotated[Path, typer.Option(help="Bundle folder.")],
+    bundle: Annotated[str, typer.Option(help="Bundle folder; default: the built-in model on PyTorch.")] = "lite0",
     point: Annotated[list[str] | None, typer.Option(help="x,y or x,y,1 (object) or x,y,0 (background).")] = None,
     box: Annotated[list[str] | None, typer.Option(help="x0,y0,x1,y1; repeat for several objects.")] = None,
     runtime: Annotated[str, typer.Option(help="Runtime name, or auto.")] = "auto",
@@ -164,6 +160,83 @@ def segment(
 
 
 @app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="The checkpoint it was exported from; lite0 needs "
+                                                         "none.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of images; default: the shipped photos.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Measure every artifact against PyTorch again; exit code 1 if one falls below its gate."""
+    from pocketsam.bundle import read_bundle
+    from pocketsam.images import load_rgb
+    from pocketsam.photos import photo_paths
+    from pocketsam.verify import verify as run
+
+    opened = read_bundle(bundle)
+    files = photo_paths() if images is None else _images_in(images)
+    reference = pocketsam.load(opened.spec.name, checkpoint=checkpoint, runtime="pytorch")
+    rows = run(opened, reference, [load_rgb(f) for f in files], seed, lambda t: _progress(t, json_))
+    if json_:
+        _print_json([r.to_json() for r in rows])
+    else:
+        table = _table("format", "precision", "kind", "prompts", "mean", "5th percentile", "worst", "gate", "result")
+        for row in rows:
+            for kind in ("box", "point"):
+                m = row.measured.get(kind)
+                numbers = [str(m["prompts"]), *(f"{m[k]:.5f}" for k in ("mean", "p5", "worst"))] if m else [""] * 4
+                verdict = _escape(row.problem) or ("passed" if row.passed else "BELOW GATE")
+                table.add_row(row.format, row.precision, kind, *numbers, str(row.gate), verdict)
+        out.print(table)
+    if not all(r.passed for r in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    threads: Threads = None,
+    fresh: Annotated[bool, typer.Option(help="Measure again even if this machine was measured before.")] = False,
+    json_: Json = False,
+) -> None:
+    """Time the runtimes of a bundle on this machine and show which one `auto` takes."""
+    from dataclasses import asdict
+
+    from pocketsam.bundle import read_bundle
+    from pocketsam.tune import choose
+    from pocketsam.tune import tune as run
+
+    candidates = run(read_bundle(bundle), threads, fresh, lambda t: _progress(t, json_))
+    best = choose(candidates)
+    if json_:
+        _print_json({"chosen": asdict(best), "candidates": [asdict(c) for c in candidates]})
+        return
+    table = _table("runtime", "precision", "encoder ms", "prompt ms", "mask agreement", "")
+    for c in candidates:
+        note = _escape(c.problem) or ("chosen by auto" if c == best else "")
+        times = ("", "") if c.problem else (f"{c.encoder_ms:.1f}", f"{c.decoder_ms:.1f}")
+        table.add_row(c.runtime, c.precision, *times, f"{c.agreement:.5f}", note)
+    out.print(table)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the page.")] = Path("build"),
+    threads: Threads = None,
+) -> None:
+    """Export the built-in model to every format available here, segment the shipped photos, write one HTML page."""
+    from pocketsam.demo import run
+
+    rows, page = run(output, threads, lambda t: _progress(t, False))
+    table = _table("format", "precision", "MB", "mask agreement", "encoder ms", "prompt ms", "note")
+    for row in rows:
+        table.add_row(*(_escape(cell) for cell in row))
+    out.print(table)
+    out.print(f"page: {page}", highlight=False)
+
+
+@app.command()
 def doctor(json_: Json = False) -> None:
     """Show which runtimes and exporters are usable here, and the command that would add the others."""
     from pocketsam import doctor as checks
@@ -190,6 +263,12 @@ def _table(*columns: str) -> Table:
     return table
 
 
+def _progress(text: str, quiet: bool) -> None:
+    """One line for a step of long work, with the seconds since the command began."""
+    if not quiet:
+        err.print(f"[dim]{time.perf_counter() - STARTED:6.1f} s[/]  {_escape(text)}", highlight=False)
+
+
 def _print_json(data: Any) -> None:
     print(json.dumps(data, indent=2))
 
@@ -198,9 +277,15 @@ def _names(text: str) -> list[str]:
     return [t.strip() for t in text.split(",") if t.strip()]
 
 
+def _formats(text: str) -> list[str]:
+    from pocketsam.registry import FORMATS
+
+    return list(FORMATS) if text == "all" else _names(text)
+
+
 def _images_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder; --parity-images takes a folder of images.")
+        raise UsageError(f"{folder} is not a folder; expected a folder of images.")
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp"))
     if not found:
         raise UsageError(f"{folder} holds no JPEG, PNG, WebP or BMP image.")

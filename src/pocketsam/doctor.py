@@ -76,6 +76,6 @@ def _cpu() -> tuple[str, set[str]]:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return platform.processor() or "unknown", set()
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    clean = {k.strip(): v.strip() for k, v in fields.items()}
+    fields = (line.split(":", 1) for line in text.splitlines() if ":" in line)
+    clean = {k.strip(): v.strip() for k, v in fields}
     return clean.get("model name", "unknown"), set((clean.get("flags") or clean.get("Features") or "").split())

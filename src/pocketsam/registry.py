@@ -30,6 +30,7 @@ RUNTIMES = {
 }
 
 MODELS = {
+    "lite0": "pocketsam.models.lite0:lite0",
     "sam_vit_b": "pocketsam.models.sam:sam_vit_b",
     "sam_vit_l": "pocketsam.models.sam:sam_vit_l",
     "sam_vit_h": "pocketsam.models.sam:sam_vit_h",

@@ -1,0 +1,139 @@
+"""The whole toolkit in one go: export the built-in model, run it everywhere, show the masks side by side."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pocketsam.api import export, open_bundle
+from pocketsam.builtin import BUILTIN_MODEL
+from pocketsam.bundle import Bundle
+from pocketsam.doctor import exporters, machine
+from pocketsam.errors import MissingDependency, PocketSamError
+from pocketsam.files import staged_file
+from pocketsam.images import load_rgb
+from pocketsam.overlay import draw
+from pocketsam.photos import BOXES, CLICKS, PHOTOS, photo_paths
+from pocketsam.predictor import Predictor
+from pocketsam.registry import RUNTIME_FORMATS
+from pocketsam.tune import time_runtime
+
+PRECISIONS = ("fp32",)
+THUMBNAIL = 300
+Report = Callable[[str], None]
+
+STYLE = """
+:root { color-scheme: light dark; --line: #d0d0d0; --dim: #666; }
+@media (prefers-color-scheme: dark) { :root { --line: #444; --dim: #aaa; } }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; } td, th { border: 1px solid var(--line); padding: .3rem .6rem; }
+th { text-align: left; } .grid { overflow-x: auto; } img { display: block; width: 300px; } .dim { color: var(--dim); }
+"""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One runtime's pictures: (photo, prompt) -> JPEG bytes and caption."""
+
+    title: str
+    cells: dict[tuple[str, str], tuple[bytes, str]]
+
+
+def run(folder: Path, threads: int | None, report: Report) -> tuple[list[list[str]], Path]:
+    """Export, segment, write ``demo.html``.
+
+    Returns:
+        Rows (format, precision, MB, agreement, encoder ms, prompt ms, note) and the page's path.
+
+    Raises:
+        MissingDependency: nothing can be exported here.
+    """
+    formats = [row.name for row in exporters() if row.usable]
+    if not formats:
+        raise MissingDependency("torch", "all", "the demo")
+    out = folder / f"{BUILTIN_MODEL}.bundle"
+    bundle = export(BUILTIN_MODEL, formats=formats, precisions=PRECISIONS, out=out, report=report)
+    rows: list[list[str]] = []
+    columns: list[Column] = []
+    for runtime, format_ in RUNTIME_FORMATS.items():
+        for precision in PRECISIONS:
+            row, column = _run_one(bundle, runtime, format_, precision, threads, report)
+            rows.append(row)
+            columns += [column] if column else []
+    page = folder / "demo.html"
+    with staged_file(page) as staged:
+        staged.write_text(_page(rows, columns), encoding="utf-8")
+    return rows, page
+
+
+def _run_one(bundle: Bundle, runtime: str, format_: str, precision: str, threads: int | None,
+             report: Report) -> tuple[list[str], Column | None]:
+    """A failure becomes a row."""
+    try:
+        parts = [bundle.find(format_, precision, g) for g in ("encoder", "decoder")]
+        report(f"segmenting with {runtime} {precision}")
+        engine = open_bundle(bundle, runtime, precision, threads)
+        encoder, decoder = time_runtime(engine)
+        column = Column(f"{runtime} {precision}", _segment_all(Predictor(engine)))
+    except PocketSamError as e:
+        return [format_, precision, "", "", "", "", str(e)], None
+    size = sum(p.bytes for p in parts) / 1e6
+    note = str(engine.info().get("note", ""))
+    return [format_, precision, f"{size:.1f}", f"{parts[0].measured['all']['mean']:.5f}", f"{encoder:.1f}",
+            f"{decoder:.1f}", note], column
+
+
+def _segment_all(sam: Predictor) -> dict[tuple[str, str], tuple[bytes, str]]:
+    cells = {}
+    for name, path in zip(PHOTOS, photo_paths(), strict=True):
+        rgb = load_rgb(path)
+        sam.set_image(rgb)
+        click, box = CLICKS[name], BOXES[name]
+        guesses = sam.predict(points=[click], labels=[1])
+        best = guesses.best
+        pictures = {
+            "click": (draw(rgb, guesses.masks[best:best + 1], [click], [1]), guesses.scores[best]),
+        }
+        boxed = sam.predict(box=box, multimask=False)
+        pictures["box"] = (draw(rgb, boxed.masks, boxes=[box]), boxed.scores[0])
+        for prompt, (picture, score) in pictures.items():
+            picture.thumbnail((THUMBNAIL, THUMBNAIL))
+            buffer = io.BytesIO()
+            picture.save(buffer, "JPEG", quality=85)
+            cells[name, prompt] = (buffer.getvalue(), f"predicted IoU {score:.2f}")
+    return cells
+
+
+def _page(rows: list[list[str]], columns: list[Column]) -> str:
+    heads = ("format", "precision", "MB", "mask agreement", "encoder ms", "prompt ms", "note")
+    facts = machine()
+    body = [f"<h1>PocketSAM demo: {BUILTIN_MODEL}</h1>",
+            f"<p class=dim>{html.escape(facts['cpu'])}, {facts['cores']} cores, Python {facts['python']}. Agreement: "
+            "mean mask IoU with PyTorch. Times: best of a few calls.</p>",
+            _table([heads, *rows]), "<div class=grid><table><tr><th>photo, prompt</th>"]
+    body += [f"<th>{html.escape(c.title)}</th>" for c in columns]
+    body.append("</tr>")
+    for name in PHOTOS:
+        for prompt in ("click", "box"):
+            body.append(f"<tr><th>{name}, {prompt}</th>")
+            for column in columns:
+                jpeg, caption = column.cells[name, prompt]
+                data = base64.b64encode(jpeg).decode()
+                body.append(f'<td><img alt="{name} segmented with a {prompt} by {html.escape(column.title)}" '
+                            f'src="data:image/jpeg;base64,{data}"><span class=dim>{caption}</span></td>')
+            body.append("</tr>")
+    body.append("</table></div>")
+    return (f"<!doctype html><html lang=en><meta charset=utf-8><title>PocketSAM demo</title><style>{STYLE}</style>"
+            f"{''.join(body)}</html>\n")
+
+
+def _table(rows: list[tuple[str, ...] | list[str]]) -> str:
+    lines = []
+    for i, row in enumerate(rows):
+        tag = "td" if i else "th"
+        lines.append("<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>")
+    return f"<table>{''.join(lines)}</table>"

@@ -1,0 +1,154 @@
+"""Choosing the fastest runtime of a bundle on this machine: measured once, then remembered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketsam import __version__
+from pocketsam.api import open_bundle
+from pocketsam.bundle import Bundle
+from pocketsam.doctor import machine, runtimes
+from pocketsam.errors import BundleError, MissingDependency, PocketSamError
+from pocketsam.files import staged_file
+from pocketsam.geometry import Frame
+from pocketsam.prompts import Prompt, decoder_inputs
+from pocketsam.registry import RUNTIME_FORMATS, missing_runtime
+from pocketsam.runtime import Runtime
+
+# What a user waits for: one image and a few clicks.
+CLICKS = 5
+SECONDS_PER_GRAPH = 1.0
+# Times closer than this are equal on a busy machine; then the more accurate candidate wins.
+EQUAL = 1.05
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One runtime and precision of a bundle on this machine.
+
+    Attributes:
+        encoder_ms, decoder_ms: best of a few calls after a warm-up, readback included; decoder for one prompt.
+        agreement: mean mask IoU with PyTorch that was measured at export.
+        problem: empty, or why it could not be measured.
+    """
+
+    runtime: str
+    precision: str
+    encoder_ms: float
+    decoder_ms: float
+    agreement: float
+    problem: str = ""
+
+    @property
+    def cost_ms(self) -> float:
+        """Time for one image and five prompts."""
+        return self.encoder_ms + CLICKS * self.decoder_ms
+
+
+def tune(bundle: Bundle, threads: int | None = None, fresh: bool = False,
+         report: Callable[[str], None] = lambda text: None) -> list[Candidate]:
+    """Measure all candidates, fastest first, or read what was measured here before.
+
+    Args:
+        fresh: measure again even if there is a stored result.
+    """
+    store = cache_root() / "tune" / f"{_key(bundle, threads)}.json"
+    if not fresh and (known := _read(store)):
+        return known
+    found = [_measure(bundle, runtime, precision, threads, report) for runtime, precision in _candidates(bundle)]
+    found.sort(key=lambda c: (bool(c.problem), c.cost_ms))
+    try:
+        with staged_file(store) as staged:
+            staged.write_text(json.dumps([asdict(c) for c in found]), encoding="utf-8")
+    except PocketSamError as e:
+        report(f"the measurement is not remembered: {e}")
+    return found
+
+
+def choose(candidates: list[Candidate], precision: str | None = None) -> Candidate:
+    """The fastest usable candidate; among equally fast ones the most accurate.
+
+    Raises:
+        BundleError: nothing in the bundle runs here.
+    """
+    usable = [c for c in candidates if not c.problem and precision in (None, c.precision)]
+    if not usable:
+        problems = "; ".join(c.problem for c in candidates if c.problem) or "it has no artifact of this precision"
+        raise BundleError(f"no runtime can open this bundle here: {problems}")
+    fastest = min(c.cost_ms for c in usable)
+    return max((c for c in usable if c.cost_ms <= fastest * EQUAL), key=lambda c: (c.agreement, -c.cost_ms))
+
+
+def cache_root() -> Path:
+    """``$POCKETSAM_CACHE``, else ``$XDG_CACHE_HOME/pocketsam``, else ``~/.cache/pocketsam``."""
+    if own := os.environ.get("POCKETSAM_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pocketsam"
+
+
+def _candidates(bundle: Bundle) -> list[tuple[str, str]]:
+    """Runtimes that really are engines here: Core ML only exists on macOS, its evaluator is a verifier."""
+    pairs = sorted({(a.format, a.precision) for a in bundle.artifacts})
+    return [(r, p) for r, f in RUNTIME_FORMATS.items() for g, p in pairs
+            if f == g and (r != "coreml" or sys.platform == "darwin")]
+
+
+def _measure(bundle: Bundle, runtime: str, precision: str, threads: int | None,
+             report: Callable[[str], None]) -> Candidate:
+    agreement = float(bundle.find(RUNTIME_FORMATS[runtime], precision, "encoder").measured["all"]["mean"])
+    report(f"timing {runtime} {precision}")
+    if not next(row.usable for row in runtimes() if row.name == runtime):
+        return Candidate(runtime, precision, 0, 0, agreement, str(missing_runtime(runtime)))
+    try:
+        encoder, decoder = time_runtime(open_bundle(bundle, runtime, precision, threads))
+    except (BundleError, MissingDependency) as e:
+        return Candidate(runtime, precision, 0, 0, agreement, str(e))
+    return Candidate(runtime, precision, round(encoder, 3), round(decoder, 3), agreement)
+
+
+def time_runtime(engine: Runtime) -> tuple[float, float]:
+    """Milliseconds of the encoder and of the decoder with one prompt, readback included: best of a few calls."""
+    spec = engine.spec
+    side = spec.image_size
+    frame = Frame.of(side, side, spec)
+    image = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), dtype=np.uint8)
+    prompt = Prompt.of(frame, spec, points=[(side / 2, side / 2)], labels=[1])
+    features = engine.encode(image, frame)
+    inputs = decoder_inputs([prompt], frame, spec, engine.slots)
+    return _best(lambda: engine.encode(image, frame)), _best(lambda: engine.decode(features, inputs))
+
+
+def _best(call: Callable[[], Any]) -> float:
+    """Shortest of the calls that fit in a second (at least two), in milliseconds, after one warm-up."""
+    call()
+    times: list[float] = []
+    while len(times) < 2 or (sum(times) < SECONDS_PER_GRAPH and len(times) < 20):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times) * 1e3
+
+
+def _key(bundle: Bundle, threads: int | None) -> str:
+    """Machine, versions, bundle and threads."""
+    facts = {"machine": machine(), "pocketsam": __version__, "threads": threads,
+             "versions": {r.name: r.version for r in runtimes()},
+             "artifacts": sorted((a.path, a.sha256) for a in bundle.artifacts)}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _read(store: Path) -> list[Candidate] | None:
+    try:
+        return [Candidate(**row) for row in json.loads(store.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return None

@@ -1,0 +1,1 @@
+"""How the built-in model is trained, measured and distilled; see README.md in this folder."""

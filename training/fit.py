@@ -1,0 +1,116 @@
+"""``fit``: packs and a preset in, a run folder out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from pocketsam.models.lite0 import LiteEncoder, lite0
+from pocketsam.models.mask_decoder import TwoWayBlock
+from pocketsam.models.sam import SegmentAnything
+from pocketsam.training.convert_trunk import load_trunk
+from pocketsam.training.distill import load_teacher
+from pocketsam.training.loop import Recipe, Trainer
+from pocketsam.training.packs import Cache, build_cache
+from pocketsam.training.parallel import spawn
+from pocketsam.training.presets import PRESETS
+from pocketsam.training.rounds import episode
+from pocketsam.training.ship import load_weights
+
+# Makes the attention to a token's own place about ten times the attention elsewhere.
+ALIGNED_GAIN = 2.0
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """A teacher by registry name and checkpoint, and the weights of its two losses."""
+
+    model: str
+    checkpoint: Path
+    embeddings: float
+    logits: float
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the weights come from: another run, or ImageNet for the trunk alone, or nothing."""
+
+    initial: Path | None = None
+    trunk: Path | None = None
+
+    def model(self, seed: int) -> SegmentAnything:
+        torch.manual_seed(seed)
+        if self.initial is not None:
+            return load_weights(self.initial)
+        model = lite0()
+        align_attention(model)
+        encoder = model.image_encoder
+        if self.trunk is not None and isinstance(encoder, LiteEncoder):
+            load_trunk(encoder.trunk, load_file(self.trunk))
+        return model
+
+
+@torch.no_grad()
+def align_attention(model: SegmentAnything) -> None:
+    """Start the decoder's cross-attention between tokens and image positions at "same place".
+
+    With equal query and key projections the logits begin as a kernel of the distance between two positional
+    encodings: a click looks at its surroundings and these look at the click. Random projections take thousands of
+    steps to find that; a short run cannot spare them.
+    """
+    transformer = model.mask_decoder.transformer
+    crossings = [transformer.final_attn_token_to_image]
+    for block in transformer.layers:
+        assert isinstance(block, TwoWayBlock)
+        crossings += [block.cross_attn_token_to_image, block.cross_attn_image_to_token]
+    for attention in crossings:
+        attention.q_proj.weight *= ALIGNED_GAIN
+        attention.k_proj.weight.copy_(attention.q_proj.weight)
+
+
+def fit(data: Sequence[Path], out: Path, preset: str, minutes: float, *, trunk: Path | None = None,
+        initial: Path | None = None, lr: float | None = None, seed: int = 0, workers: int = 2,
+        teaching: Teaching | None = None, stop_after: float | None = None) -> None:
+    """Train lite0, or continue the run in ``out``.
+
+    Args:
+        data: packs to train on.
+        out: folder of the run.
+        preset: a name in ``PRESETS``.
+        minutes: length of the run, counted over resumptions.
+        trunk: ImageNet weights from ``convert-trunk``.
+        initial: lite0 weights to start from instead.
+        lr: peak learning rate instead of the preset's.
+        seed: of initial weights, data and prompts.
+        workers: threads that decode the packs, and on a GPU make the batches.
+        teaching: distil from another model.
+        stop_after: minutes after which to save and return, to be continued by the same call.
+    """
+    chosen = PRESETS[preset](minutes)
+    recipe = replace(chosen.recipe, seed=seed, lr=lr or chosen.recipe.lr)
+    cache = build_cache(data, chosen.cache, workers)
+    device = "cuda" if torch.cuda.is_available() and preset == "gpu" else "cpu"
+    spawn(chosen.processes, _train, cache, recipe, out, Start(initial, trunk), device, teaching,
+          workers if device == "cuda" else 0, stop_after)
+
+
+def _train(cache: Cache, recipe: Recipe, out: Path, start: Start, device: str, teaching: Teaching | None,
+           workers: int, stop_after: float | None) -> None:
+    place = torch.device(device)
+    if place.type == "cuda":
+        # Every worker thread would otherwise start threads of its own.
+        torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    model = start.model(recipe.seed).requires_grad_(True)
+    model = model.to(place, memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+    loss = episode
+    if teaching is not None:
+        teacher = load_teacher(teaching.model, teaching.checkpoint, place, teaching.embeddings, teaching.logits)
+        loss = partial(episode, teacher=teacher)
+    Trainer(model, cache, recipe, out, loss, workers).run(stop_after=stop_after)

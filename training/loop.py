@@ -1,0 +1,275 @@
+"""The training loop: AdamW, warm-up and cosine, an average of the weights, checkpoints that resume bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pocketsam.models.lite0 import LiteEncoder
+from pocketsam.models.sam import SegmentAnything
+from pocketsam.training.augment import Augment
+from pocketsam.training.batches import Batch, Cut, image_weights, make_batch
+from pocketsam.training.feed import Feed, seeded
+from pocketsam.training.packs import Cache
+from pocketsam.training.parallel import average, rank
+from pocketsam.training.rounds import encode, episode, set_input_size
+
+LOG = "log.jsonl"
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of the schedule: until this fraction of the run, at this input side and batch.
+
+    Attributes:
+        until: end as a fraction of the run, 1 for the last phase.
+        size: input side S.
+        images: B images per step.
+        prompts: P regions per image.
+        rounds: answers per prompt.
+        frozen: leading trunk stages (and the stem) that keep their ImageNet weights; -1 freezes nothing.
+    """
+
+    until: float
+    size: int
+    images: int
+    prompts: int
+    rounds: int
+    frozen: int = -1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result besides the data.
+
+    Attributes:
+        phases: in order.
+        steps: length of the run in steps, or None when ``minutes`` rules.
+        minutes: length of the run in minutes of wall clock, counted over resumptions.
+        lr: peak rate of the new layers; the trunk gets ``lr * trunk_lr``.
+        warmup: fraction of the run.
+        ema: decay of the weight average.
+        bf16: autocast the forward pass.
+        seed: of everything.
+    """
+
+    phases: tuple[Phase, ...]
+    steps: int | None = None
+    minutes: float | None = None
+    lr: float = 6e-4
+    trunk_lr: float = 0.25
+    weight_decay: float = 0.05
+    warmup: float = 0.03
+    clip: float = 1.0
+    ema: float = 0.998
+    bf16: bool = False
+    seed: int = 0
+    augment: Augment = field(default_factory=Augment)
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError("give either steps or minutes")
+        if not self.phases or self.phases[-1].until < 1:
+            raise ValueError("the last phase must end at 1")
+
+
+class Trainer:
+    """A run in a folder: model, average, optimizer, generators and log, saved and resumed together.
+
+    Args:
+        model: to be trained, on its device.
+        cache: decoded packs.
+        recipe: how.
+        out: the run's folder; an existing checkpoint in it is continued.
+        loss: what a step minimises; :func:`pocketsam.training.rounds.episode` unless a teacher is used.
+        workers: threads that make batches ahead; the result does not depend on it.
+    """
+
+    def __init__(self, model: SegmentAnything, cache: Cache, recipe: Recipe, out: Path,
+                 loss: Callable[[SegmentAnything, Batch, int, torch.Generator], dict[str, Tensor]] = episode,
+                 workers: int = 0) -> None:
+        self.model, self.cache, self.recipe, self.out, self.loss = model, cache, recipe, out, loss
+        self.device = next(model.parameters()).device
+        self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, betas=(0.9, 0.98))
+        self.weights = image_weights(cache)
+        self.feed = Feed(self._make, workers)
+        self.step, self.seconds = 0, 0.0
+        self.started = time.monotonic()
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / CHECKPOINT).is_file():
+            self.resume()
+        else:
+            calibrate(model, cache, recipe)
+            self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            self.log({"recipe": asdict(recipe), "images": len(cache.sources)})
+
+    @property
+    def progress(self) -> float:
+        """Done fraction of the run."""
+        return self._progress_at(self.step)
+
+    def _progress_at(self, step: int) -> float:
+        if self.recipe.steps is not None:
+            return step / self.recipe.steps
+        return self.seconds / 60 / (self.recipe.minutes or 1)
+
+    def run(self, save_minutes: float = 3, log_steps: int = 20, stop_after: float | None = None) -> None:
+        """Train to the end of the schedule.
+
+        Args:
+            save_minutes: between checkpoints.
+            log_steps: steps averaged in each row of the log.
+            stop_after: save and return after this many minutes, to be continued later.
+        """
+        sums: dict[str, float] = {}
+        saved = first = self.seconds
+        self.started = time.monotonic() - self.seconds
+        while self.progress < 1 and (stop_after is None or self.seconds - first < 60 * stop_after):
+            for name, value in self.train_step().items():
+                sums[name] = sums.get(name, 0.0) + float(value) / log_steps
+            if self.step % log_steps == 0:
+                self.log({"step": self.step, "progress": self.progress, "minutes": self.seconds / 60,
+                          "size": self.phase.size, "lr": max(g["lr"] for g in self.optimizer.param_groups), **sums})
+                sums = {}
+            if self.seconds - saved > 60 * save_minutes:
+                self.save()
+                saved = self.seconds
+        self.feed.close()
+        self.save()
+
+    @property
+    def phase(self) -> Phase:
+        return self._phase_at(self.step)
+
+    def _phase_at(self, step: int) -> Phase:
+        progress = self._progress_at(step)
+        return next(p for p in self.recipe.phases if progress < p.until or p is self.recipe.phases[-1])
+
+    def _make(self, step: int) -> tuple[Phase, Cut]:
+        phase = self._phase_at(step)
+        generator = seeded("cpu", self.recipe.seed, rank(), step, "batch")
+        return phase, make_batch(self.cache, self.weights, phase.images, phase.prompts, phase.size,
+                                 self.recipe.augment, generator)
+
+    def train_step(self) -> dict[str, Tensor]:
+        """One update; returns the scalars of the loss."""
+        recipe = self.recipe
+        phase, cut = self.feed.get(self.step)
+        train_mode(self.model, phase.frozen)
+        set_input_size(self.model, phase.size)
+        batch = cut.batch(self.device)
+        generator = seeded(self.device, recipe.seed, rank(), self.step, "prompts")
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["scale"] * recipe.lr * schedule(self.progress, recipe.warmup)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.bf16):
+            parts = self.loss(self.model, batch, phase.rounds, generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts["loss"].backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self.seconds = average(self.model, time.monotonic() - self.started)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient is not finite at step {self.step}")
+        self.optimizer.step()
+        self.step += 1
+        self._update_average()
+        return {**{k: v.detach() for k, v in parts.items()}, "gradient": norm}
+
+    def save(self) -> None:
+        """Write the checkpoint under a temporary name, then rename it."""
+        if rank():
+            return
+        state = {"model": self.model.state_dict(), "ema": self.average, "optimizer": self.optimizer.state_dict(),
+                 "step": self.step, "seconds": self.seconds}
+        partial = self.out / (CHECKPOINT + ".partial")
+        torch.save(state, partial)
+        partial.replace(self.out / CHECKPOINT)
+
+    def resume(self) -> None:
+        state: dict[str, Any] = torch.load(self.out / CHECKPOINT, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.average = state["ema"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one JSON line."""
+        if rank():
+            return
+        with (self.out / LOG).open("a") as stream:
+            stream.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # Early in the run the average must not remember the random start.
+        weight = 1 - min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+        current = self.model.state_dict()
+        floats = [k for k, v in current.items() if v.is_floating_point()]
+        torch._foreach_lerp_([self.average[k] for k in floats], [current[k] for k in floats], weight)
+        for k, v in current.items():
+            if not v.is_floating_point():
+                self.average[k].copy_(v)
+
+
+def schedule(progress: float, warmup: float) -> float:
+    """Factor of the learning rate: linear warm-up, then half a cosine to 1 %."""
+    if progress < warmup:
+        return max(progress / warmup, 0.01)
+    done = min(1.0, (progress - warmup) / (1 - warmup))
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def parameter_groups(model: SegmentAnything, recipe: Recipe) -> list[dict[str, Any]]:
+    """New layers and trunk, each with and without weight decay; norms, biases and embeddings are not decayed."""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        scale = recipe.trunk_lr if ".trunk." in name else 1.0
+        plain = parameter.ndim < 2 or "embed" in name or "_token" in name
+        groups.setdefault((scale, 0.0 if plain else recipe.weight_decay), []).append(parameter)
+    return [{"params": p, "scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()]
+
+
+@torch.no_grad()
+def calibrate(model: SegmentAnything, cache: Cache, recipe: Recipe, images: int = 32) -> None:
+    """Measure the statistics of the new BatchNorm layers once; they stay fixed, because batches are small."""
+    encoder = model.image_encoder
+    if not isinstance(encoder, LiteEncoder):
+        return
+    generator = torch.Generator().manual_seed(recipe.seed)
+    cut = make_batch(cache, image_weights(cache), images, 1, recipe.phases[0].size, Augment(whole=1), generator)
+    batch = cut.batch(next(model.parameters()).device)
+    norms = [m for m in encoder.pyramid.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None
+    encoder.pyramid.train()
+    encode(model, batch.images, batch.valid)
+    encoder.pyramid.eval()
+
+
+def train_mode(model: SegmentAnything, frozen: int) -> None:
+    """Training mode with fixed BatchNorm statistics and the early stages of the trunk frozen."""
+    model.train()
+    encoder = model.image_encoder
+    if isinstance(encoder, LiteEncoder):
+        encoder.eval()
+        for module in _early(encoder, frozen):
+            for parameter in module.parameters():
+                parameter.requires_grad_(False)
+        for module in list(encoder.trunk.stages)[frozen + 1:]:
+            for parameter in module.parameters():
+                parameter.requires_grad_(True)
+
+
+def _early(encoder: LiteEncoder, frozen: int) -> Iterator[nn.Module]:
+    if frozen >= 0:
+        yield encoder.trunk.stem
+        yield from list(encoder.trunk.stages)[:frozen + 1]

@@ -1,0 +1,48 @@
+"""Weights of a run: the averaged state, as fp32 modules for measuring and as fp16 safetensors for the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pocketsam.models.lite0 import lite0
+from pocketsam.models.loading import COUNTERS
+from pocketsam.models.sam import SegmentAnything
+from pocketsam.training.loop import CHECKPOINT
+
+
+def averaged_state(run: Path) -> dict[str, Tensor]:
+    """The weight average in a run's checkpoint, on the CPU."""
+    state: dict[str, Tensor] = torch.load(run / CHECKPOINT, map_location="cpu", weights_only=True)["ema"]
+    return state
+
+
+def load_weights(path: Path) -> SegmentAnything:
+    """lite0 from a run folder or from a ``.safetensors`` file, in fp32 and evaluation mode."""
+    state = averaged_state(path) if path.is_dir() else load_file(path)
+    model = lite0()
+    floats = {k: v.float() for k, v in state.items() if not k.endswith(COUNTERS)}
+    missing, unexpected = model.load_state_dict(floats, strict=False)
+    wrong = [k for k in (*missing, *unexpected) if not k.endswith(COUNTERS)]
+    if wrong:
+        raise ValueError(f"{path} does not hold lite0: {len(wrong)} keys are missing or unknown, first {wrong[0]!r}")
+    return model.eval()
+
+
+def ship(run: Path, out: Path) -> int:
+    """Write a run's averaged weights as fp16 safetensors; returns the file's bytes.
+
+    Raises:
+        ValueError: a weight does not survive fp16.
+    """
+    state = {k: v for k, v in averaged_state(run).items() if not k.endswith(COUNTERS)}
+    half = {k: v.half().contiguous() for k, v in state.items()}
+    for key, value in half.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{key} leaves the range of fp16")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(half, out)
+    return out.stat().st_size
