@@ -104,7 +104,7 @@ OTHERS: list[Case] = [
     ("logical_not", lambda x, y: mb.logical_not(x=mb.greater(x=x, y=np.float32(0))), lambda x, y: x <= 0),
     ("select", lambda x, y: mb.select(cond=mb.greater(x=x, y=np.float32(0)), a=x, b=y),
      lambda x, y: torch.where(x > 0, x, y)),
-    ("reshape", lambda x, y: mb.reshape(x=x, shape=[0, -1, 12]), lambda x, y: x.reshape(2, 16, 12)),
+    ("reshape", lambda x, y: mb.reshape(x=x, shape=[0, -1, 12]), lambda x, y: x.reshape(4, 8, 12)),
     ("transpose", lambda x, y: mb.transpose(x=x, perm=[0, 2, 3, 1]), lambda x, y: x.permute(0, 2, 3, 1)),
     ("expand_dims", lambda x, y: mb.expand_dims(x=mb.reduce_sum(x=x, axes=[0]), axes=[0, -1]),
      lambda x, y: x.sum(0)[None, ..., None]),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -407,3 +409,30 @@ def test_command_line_evaluates_and_ships(pack: Path, cache: Cache, tmp_path: Pa
     out = capsys.readouterr().out
     assert "drawn0" in out
     assert "pearson" in out
+
+
+PARALLEL = """
+import sys
+import torch
+from pocketsam.training.parallel import average, rank, spawn
+
+def work(out):
+    model = torch.nn.Linear(2, 1)
+    model.weight.grad, model.bias.grad = torch.full((1, 2), float(rank())), torch.full((1,), 4.0 * rank())
+    seconds = average(model, 10.0 * rank())
+    torch.save([seconds, model.weight.grad, model.bias.grad], f"{out}/{rank()}.pt")
+
+if __name__ == "__main__":
+    spawn(2, work, sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_processes_average_gradients_and_clock(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(PARALLEL)
+    subprocess.run([sys.executable, str(tmp_path / "script.py"), str(tmp_path)], check=True, timeout=120)
+    for i in range(2):
+        seconds, weight, bias = torch.load(tmp_path / f"{i}.pt", weights_only=True)
+        assert seconds == 5.0
+        assert weight.tolist() == [[0.5, 0.5]]
+        assert bias.tolist() == [2.0]

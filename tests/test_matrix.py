@@ -1,0 +1,179 @@
+"""One scenario on every backend: model x format x runtime x precision x prompt, held to the same expectations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from goldens import FILES, Golden, image
+
+import pocketsam
+from pocketsam import registry
+from pocketsam.builtin import builtin_weights
+from pocketsam.images import load_rgb
+from pocketsam.parity import mask_iou
+from pocketsam.photos import photo_paths
+from pocketsam.predictor import Predictor
+
+# Every pair that an exporter makes and a runtime executes; on Linux Core ML goes through the evaluator.
+PRECISIONS = {"onnx": ("fp32",), "openvino": ("fp32", "fp16"), "litert": ("fp32", "fp16"), "coreml": ("fp32", "fp16")}
+BACKENDS = [(r, f, p) for r, f in registry.RUNTIME_FORMATS.items() for p in PRECISIONS[f]]
+PROMPTS = {
+    "point": {"points": [[0.38, 0.4]], "labels": [1]},
+    "points": {"points": [[0.17, 0.2], [0.55, 0.62], [0.85, 0.87]], "labels": [1, 0, 1]},
+    "box": {"box": [0.12, 0.12, 0.7, 0.84]},
+    "box_and_point": {"points": [[0.42, 0.46]], "labels": [0], "box": [0.12, 0.12, 0.7, 0.84]},
+    "mask": {"points": [[0.38, 0.4]], "labels": [1], "mask": True},
+}
+GOLDEN_NAMES = dict(zip("abcde", PROMPTS, strict=True))
+# ViT-B's fp16 twins add half an hour and no code path; its fp32 artifacts run everywhere.
+BOTH = ("fp32", "fp16")
+MODELS = {"toy_sam": BOTH, "lite0": BOTH, "mobile_sam": BOTH, "sam_vit_b": ("fp32",)}
+SLOW = set(MODELS) - {"toy_sam"}
+MATRIX = [
+    pytest.param(m, r, p, id=f"{m}-{r}-{p}", marks=[pytest.mark.slow] if m in SLOW else [])
+    for m, precisions in MODELS.items() for r, _, p in BACKENDS if p in precisions
+]
+# fp32 may differ in pixels whose logit is within rounding of zero; fp16 is held to the project's gate.
+WORST_PIXELS = 10
+FP16_MEAN, FP16_WORST = 0.995, 0.98
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model's bundle with all formats, its image, its prompts, and the expected masks and scores."""
+
+    model: str
+    bundle: Path
+    rgb: np.ndarray[Any, Any]
+    prompts: dict[str, dict[str, Any]]
+    masks: dict[tuple[str, bool], np.ndarray[Any, Any]]
+    scores: dict[tuple[str, bool], np.ndarray[Any, Any]]
+
+
+def scaled(prompt: dict[str, Any], width: int, height: int, mask: Any) -> dict[str, Any]:
+    size = np.array([width, height])
+    out: dict[str, Any] = {"labels": prompt.get("labels")}
+    out["points"] = np.array(prompt["points"]) * size if "points" in prompt else None
+    out["box"] = np.array(prompt["box"]) * np.tile(size, 2) if "box" in prompt else None
+    out["mask"] = mask if prompt.get("mask") else None
+    return out
+
+
+def from_goldens(model: str, bundle: Path) -> Case:
+    """Expectations of the official code."""
+    golden = Golden.of(model)
+    prompts, masks, scores = {}, {}, {}
+    for letter, p in golden.manifest["prompts"].items():
+        name = GOLDEN_NAMES[letter]
+        prompts[name] = {**p, "mask": golden.arrays["mask_input"] if p["mask"] else None}
+        for multi, mode in ((False, "single"), (True, "multi")):
+            masks[name, multi] = golden.masks(letter, mode)
+            scores[name, multi] = golden.arrays[f"{letter}/{mode}/iou"]
+    return Case(model, bundle, image(), prompts, masks, scores)
+
+
+def from_pytorch(model: str, bundle: Path, reference: Predictor, rgb: np.ndarray[Any, Any]) -> Case:
+    """Expectations of our PyTorch reference, for models without an official implementation."""
+    reference.set_image(rgb)
+    mask = reference.predict(points=[(rgb.shape[1] * 0.38, rgb.shape[0] * 0.4)], multimask=False).logits
+    prompts = {n: scaled(p, rgb.shape[1], rgb.shape[0], mask) for n, p in PROMPTS.items()}
+    results = {(n, m): reference.predict(**p, multimask=m) for n, p in prompts.items() for m in (False, True)}
+    return Case(model, bundle, rgb, prompts, {k: r.masks for k, r in results.items()},
+                {k: r.scores for k, r in results.items()})
+
+
+@pytest.fixture(scope="module")
+def cases(toy_registered: None, toy_checkpoint: Path, golden_checkpoint: Callable[[str], Path],
+          tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    """Model name -> its case; exported once."""
+    checkpoints = {"toy_sam": lambda: toy_checkpoint, "lite0": lambda: builtin_weights("lite0")}
+    folder = tmp_path_factory.mktemp("matrix")
+
+    @cache
+    def make(model: str) -> Case:
+        checkpoint = checkpoints.get(model, lambda: golden_checkpoint(model))()
+        rgb = image() if model in FILES else load_rgb(photo_paths()[1])
+        out = folder / f"{model}.bundle"
+        pocketsam.export(model, checkpoint=checkpoint, formats=list(registry.FORMATS), precisions=MODELS[model],
+                         out=out, images=[rgb])
+        if model in FILES:
+            return from_goldens(model, out)
+        reference = pocketsam.load(model, checkpoint=checkpoint, runtime="pytorch", threads=2)
+        return from_pytorch(model, out, reference, rgb)
+
+    return make
+
+
+@pytest.mark.parametrize(("model", "runtime", "precision"), MATRIX)
+def test_backend(cases: Callable[[str], Case], model: str, runtime: str, precision: str) -> None:
+    case = cases(model)
+    sam = pocketsam.load(case.bundle, runtime=runtime, precision=precision, threads=2)
+    assert sam.info()["runtime"] == runtime
+    sam.set_image(case.rgb)
+    ious = []
+    for (name, multi), expected in case.masks.items():
+        result = sam.predict(**case.prompts[name], multimask=multi)
+        assert result.masks.shape == expected.shape
+        if precision == "fp32":
+            wrong = (result.masks != expected).sum(axis=(1, 2))
+            assert wrong.max() <= WORST_PIXELS, (name, multi, wrong)
+            assert np.abs(result.scores - case.scores[name, multi]).max() <= 5e-5
+        else:
+            assert np.abs(result.scores - case.scores[name, multi]).max() <= 0.05
+            ious += [mask_iou(a, b) for a, b in zip(result.masks, expected, strict=True)]
+    if ious:
+        assert np.mean(ious) >= FP16_MEAN, ious
+        assert min(ious) >= FP16_WORST, ious
+
+
+def test_every_backend_is_in_the_matrix() -> None:
+    assert {f for _, f, _ in BACKENDS} == set(registry.FORMATS)
+    for name in registry.FORMATS:
+        assert set(registry.load("format", name).precisions) == set(PRECISIONS[name])
+
+
+@pytest.mark.parametrize("runtime", list(registry.RUNTIME_FORMATS))
+def test_boxes_in_batches(cases: Callable[[str], Case], runtime: str) -> None:
+    """Seventeen boxes: one full batch of sixteen and a rest, the same masks as one by one."""
+    case = cases("toy_sam")
+    rng = np.random.default_rng(3)
+    height, width = case.rgb.shape[:2]
+    corner = rng.uniform(0, 0.4, (17, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(0.2, 0.5, (17, 2))], 1) * np.tile([width, height], 2)
+    sam = pocketsam.load(case.bundle, runtime=runtime, threads=2)
+    sam.set_image(case.rgb)
+    batch = sam.predict_boxes(boxes)
+    for i in (0, 15, 16):
+        alone = sam.predict(box=boxes[i], multimask=False)
+        assert (batch.masks[i] != alone.masks[0]).sum() <= WORST_PIXELS
+
+
+@pytest.mark.parametrize("runtime", list(registry.RUNTIME_FORMATS))
+def test_threads_do_not_disturb_each_other(cases: Callable[[str], Case], runtime: str) -> None:
+    """Two predictors in two threads, and one runtime shared by both: the answers stay those of a single thread."""
+    case = cases("toy_sam")
+    images = [case.rgb, np.ascontiguousarray(case.rgb[::-1])]
+    point = [(case.rgb.shape[1] * 0.38, case.rgb.shape[0] * 0.4)]
+    shared = pocketsam.load(case.bundle, runtime=runtime, threads=1)
+    alone = []
+    for rgb in images:
+        shared.set_image(rgb)
+        alone.append(shared.predict(points=point).logits)
+
+    def work(i: int) -> float:
+        sam = Predictor(shared.runtime) if i < 2 else pocketsam.load(case.bundle, runtime=runtime, threads=1)
+        worst = 0.0
+        for _ in range(4):
+            sam.set_image(images[i % 2])
+            worst = max(worst, float(np.abs(sam.predict(points=point).logits - alone[i % 2]).max()))
+        return worst
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(work, range(4))) <= 1e-5
