@@ -29,6 +29,8 @@ class Checkpoint:
 _META = "https://dl.fbaipublicfiles.com/segment_anything/"
 
 CHECKPOINTS = (
+    Checkpoint("lite0", "lite0.safetensors", "ships with pocketsam", None,
+               "Apache-2.0, trained on research-use data: docs/lite0.md", None),
     Checkpoint("sam_vit_b", "sam_vit_b_01ec64.pth", _META + "sam_vit_b_01ec64.pth",
                "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912", "Apache-2.0", 375_042_383),
     Checkpoint("sam_vit_l", "sam_vit_l_0b3195.pth", _META + "sam_vit_l_0b3195.pth",
@@ -47,6 +49,7 @@ _HIERA = "image_encoder.trunk.pos_embed"
 
 # Keys with shapes that tell the families apart; more specific entries first (an HQ model also looks like plain SAM).
 FINGERPRINTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "lite0": {"image_encoder.trunk.stem.c.weight": (32, 3, 3, 3)},
     "sam_hq_vit_b": {_HQ: (768, 256, 2, 2)},
     "sam_hq_vit_tiny": {_HQ: (160, 256, 2, 2)},
     "sam_vit_b": {_VIT: (1, 64, 64, 768)},

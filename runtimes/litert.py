@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,8 @@ class LiteRtRuntime:
     def info(self) -> dict[str, Any]:
         return {**self._info, "fallback_ops": self.fallback_ops()}
 
-    def fallback_ops(self) -> dict[str, list[str]]:
-        """Operators that run outside the XNNPACK delegate, by graph."""
+    def fallback_ops(self) -> dict[str, dict[str, int]]:
+        """How many operators of each kind run outside the XNNPACK delegate, by graph."""
         return {"encoder": fallback_ops(self._encoder), "decoder": fallback_ops(self._decoder)}
 
 
@@ -96,7 +97,7 @@ def _runner(interpreter: Any, name: str, graph: GraphSpec) -> Any:
     return interpreter.get_signature_runner(name)
 
 
-def fallback_ops(interpreter: Any) -> list[str]:
+def fallback_ops(interpreter: Any) -> dict[str, int]:
     """Walk back from the outputs: an operator that no delegate node stands for runs in the built-in kernels."""
     nodes = interpreter._get_ops_details()
     by_output: dict[int, dict[str, Any]] = {}
@@ -113,4 +114,4 @@ def fallback_ops(interpreter: Any) -> list[str]:
         if node["op_name"] != "DELEGATE":
             names.append(str(node["op_name"]))
         todo += [int(t) for t in np.asarray(node["inputs"]).tolist() if t >= 0]
-    return sorted(names)
+    return dict(sorted(Counter(names).items()))

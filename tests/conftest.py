@@ -61,6 +61,20 @@ def toy_bundle(toy_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def toy_everywhere(toy_checkpoint: Path) -> Path:
+    """The toy model in every format and precision; made once, because converters are slow to start."""
+    import pocketsam
+    from pocketsam import registry
+    from pocketsam.images import load_rgb
+    from pocketsam.photos import photo_paths
+
+    out = toy_checkpoint.parent / "everywhere.bundle"
+    pocketsam.export(TOY, checkpoint=toy_checkpoint, formats=list(registry.FORMATS), precisions=["fp32", "fp16"],
+                     out=out, images=[load_rgb(photo_paths()[1])])
+    return out
+
+
+@pytest.fixture(scope="session")
 def golden_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Model name -> checkpoint file with the deterministic weights, made once."""
     import torch

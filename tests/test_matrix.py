@@ -90,7 +90,7 @@ def from_pytorch(model: str, bundle: Path, reference: Predictor, rgb: np.ndarray
 
 
 @pytest.fixture(scope="module")
-def cases(toy_registered: None, toy_checkpoint: Path, golden_checkpoint: Callable[[str], Path],
+def cases(toy_checkpoint: Path, toy_everywhere: Path, golden_checkpoint: Callable[[str], Path],
           tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     """Model name -> its case; exported once."""
     checkpoints = {"toy_sam": lambda: toy_checkpoint, "lite0": lambda: builtin_weights("lite0")}
@@ -101,8 +101,11 @@ def cases(toy_registered: None, toy_checkpoint: Path, golden_checkpoint: Callabl
         checkpoint = checkpoints.get(model, lambda: golden_checkpoint(model))()
         rgb = image() if model in FILES else load_rgb(photo_paths()[1])
         out = folder / f"{model}.bundle"
-        pocketsam.export(model, checkpoint=checkpoint, formats=list(registry.FORMATS), precisions=MODELS[model],
-                         out=out, images=[rgb])
+        if model == "toy_sam":
+            out = toy_everywhere
+        else:
+            pocketsam.export(model, checkpoint=checkpoint, formats=list(registry.FORMATS), precisions=MODELS[model],
+                             out=out, images=[rgb])
         if model in FILES:
             return from_goldens(model, out)
         reference = pocketsam.load(model, checkpoint=checkpoint, runtime="pytorch", threads=2)

@@ -13,9 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pocketsam.errors import BundleError
-from pocketsam.runtimes.mil import constants
-from pocketsam.runtimes.mil.errors import UnknownOperator
 from pocketsam.runtimes.mil.evaluate import OPERATORS, Evaluator
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Named recipes: what fits a GPU for half an hour and what fits two CPU cores for an evening."""
+"""Named recipes: what fits a GPU for half an hour, and two CPU cores for an hour or for a night."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Preset:
 
 
 def gpu(minutes: float) -> Preset:
-    """One large GPU: the whole model at 512 pixels, 48 images x 16 regions a step, 4 answers per prompt."""
+    """One large GPU: the whole model, soon at 512 pixels, 48 images x 16 regions a step, 4 answers per prompt."""
     phases = (
         Phase(0.25, 384, 64, 16, 2),
         Phase(1.0, 512, 48, 16, 4),
@@ -25,14 +25,25 @@ def gpu(minutes: float) -> Preset:
     return Preset(Recipe(phases, minutes=minutes, lr=8e-4, ema=0.999, bf16=True), cache=512)
 
 
-def cpu(minutes: float) -> Preset:
-    """Two cores: small inputs, single answers and a frozen trunk first, then corrections and larger inputs."""
+def quick(minutes: float) -> Preset:
+    """Two cores for an hour: the trunk stays frozen, because steps are worth more than its gradients."""
     phases = (
         Phase(0.4, 256, 3, 8, 1, frozen=6),
-        Phase(0.75, 256, 2, 8, 2, frozen=2),
-        Phase(1.0, 384, 2, 6, 2, frozen=2),
+        Phase(0.8, 256, 3, 8, 2, frozen=6),
+        Phase(1.0, 384, 2, 8, 2, frozen=6),
     )
-    return Preset(Recipe(phases, minutes=minutes, lr=6e-4, ema=0.998, bf16=True), cache=384, processes=2)
+    return Preset(Recipe(phases, minutes=minutes, ema=0.998, bf16=True), cache=384, processes=2)
 
 
-PRESETS = {"gpu": gpu, "cpu": cpu}
+def cpu(minutes: float) -> Preset:
+    """Two cores for a night: frozen at first, then most of the trunk too, at last at 512 pixels."""
+    phases = (
+        Phase(0.2, 256, 3, 8, 1, frozen=6),
+        Phase(0.6, 256, 4, 8, 3, frozen=2),
+        Phase(0.85, 384, 3, 8, 3, frozen=2),
+        Phase(1.0, 512, 2, 8, 3, frozen=2),
+    )
+    return Preset(Recipe(phases, minutes=minutes, ema=0.999, bf16=True), cache=512, processes=2)
+
+
+PRESETS = {"gpu": gpu, "quick": quick, "cpu": cpu}

@@ -18,7 +18,7 @@ from pocketsam.errors import OutputError, PocketSamError, PromptError, UsageErro
 app = typer.Typer(help="Segment Anything on phones, browsers and boards: export, run and measure, checked against "
                        "PyTorch.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 # A pipe has no width: leave tables whole there instead of cutting them at 80 columns.
-out = Console(width=None if sys.stdout.isatty() else 180)
+out = Console(width=None if sys.stdout.isatty() else 240)
 err = Console(stderr=True)
 STARTED = time.perf_counter()
 

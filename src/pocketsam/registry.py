@@ -85,7 +85,7 @@ def load(kind: str, name: str) -> Any:
     try:
         return entry(target)
     except ModuleNotFoundError as e:
-        if kind == "runtime" and e.name == RUNTIME_PACKAGES[name].module:
+        if kind == "runtime" and (e.name or "").split(".")[0] == RUNTIME_PACKAGES[name].module:
             raise missing_runtime(name) from e
         raise
 
