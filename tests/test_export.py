@@ -111,7 +111,7 @@ def test_full_disk(toy_checkpoint: Path, tmp_path: Path) -> None:
     """A file that cannot grow, as on a full disk: one sentence, exit code 2, nothing left."""
     out = tmp_path / "toy.bundle"
     code = FULL_DISK.format(tests=str(Path(__file__).parent), checkpoint=str(toy_checkpoint), out=str(out))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 2, done.stderr
     assert "cannot write" in done.stderr
     assert "Traceback" not in done.stderr

@@ -102,7 +102,7 @@ def test_every_model_has_a_spec_and_a_checkpoint() -> None:
 def test_light_imports(code: str) -> None:
     """Importing the package and asking for help loads no engine."""
     check = f"\nimport sys\nassert not [m for m in {sorted(HEAVY)} if m in sys.modules]"
-    done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -119,7 +119,7 @@ sam = pocketsam.load({str(toy_bundle)!r})
 sam.set_image(numpy.zeros((40, 60, 3), numpy.uint8))
 assert sam.predict(points=[(5, 5)]).masks.shape == (3, 40, 60)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -72,11 +72,11 @@ def test_wheel_in_a_fresh_environment(tmp_path: Path) -> None:
     subprocess.run([python, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheel)], check=True)
     command = tmp_path / "env" / "bin" / "pocketsam"
     for arguments in (["--help"], ["--version"], ["models"], ["doctor"], ["segment", "--help"]):
-        done = subprocess.run([command, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run([command, *arguments], cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
         assert done.returncode == 0, done.stderr
-    listed = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run([python, "-m", "pip", "list"], capture_output=True, encoding="utf-8", check=True).stdout
     assert "torch" not in listed
     export = [command, "export", "mobile_sam", "--checkpoint", "x.pt"]
-    done = subprocess.run(export, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(export, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 2
     assert "pip install 'pocketsam[export]'" in " ".join(done.stderr.split())

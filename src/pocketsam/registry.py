@@ -20,6 +20,7 @@ FORMATS = {
     "onnx": "pocketsam.export.onnx:OnnxExporter",
     "openvino": "pocketsam.export.openvino:OpenVinoExporter",
     "litert": "pocketsam.export.litert:LiteRtExporter",
+    "coreml": "pocketsam.export.coreml:CoreMlExporter",
 }
 
 RUNTIMES = {
@@ -27,6 +28,7 @@ RUNTIMES = {
     "onnxruntime": "pocketsam.runtimes.onnxruntime:OnnxRuntime",
     "openvino": "pocketsam.runtimes.openvino:OpenVinoRuntime",
     "litert": "pocketsam.runtimes.litert:LiteRtRuntime",
+    "coreml": "pocketsam.runtimes.coreml:CoreMlRuntime",
 }
 
 MODELS = {
@@ -38,13 +40,14 @@ MODELS = {
 }
 
 # The format that each runtime executes; PyTorch needs the checkpoint, not an artifact.
-RUNTIME_FORMATS = {"onnxruntime": "onnx", "openvino": "openvino", "litert": "litert"}
+RUNTIME_FORMATS = {"onnxruntime": "onnx", "openvino": "openvino", "litert": "litert", "coreml": "coreml"}
 
 RUNTIME_PACKAGES = {
     "pytorch": Package("torch", "torch", "torch"),
     "onnxruntime": Package("onnxruntime", "onnxruntime", "onnx"),
     "openvino": Package("openvino", "openvino", "openvino"),
     "litert": Package("ai_edge_litert", "ai-edge-litert", "litert"),
+    "coreml": Package("coremltools", "coremltools", "coreml"),
 }
 
 # Distributions that exporting to a format needs.
@@ -52,6 +55,7 @@ FORMAT_PACKAGES = {
     "onnx": ("torch", "onnx", "onnxscript", "onnxruntime"),
     "openvino": ("torch", "onnx", "onnxscript", "openvino"),
     "litert": ("torch", "litert-torch", "ai-edge-quantizer", "ai-edge-litert"),
+    "coreml": ("torch", "coremltools"),
 }
 
 _TABLES = {"format": FORMATS, "runtime": RUNTIMES, "model": MODELS}

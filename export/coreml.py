@@ -1,0 +1,177 @@
+"""Core ML packages (ML programs) through coremltools' torch.export frontend.
+
+Conversion runs on any system; ``pocketsam.runtimes.mil`` proves the result where there is no Core ML.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pocketsam.batching import ENTRY_BATCHES
+from pocketsam.export.graphs import DecoderGraph, EncoderGraph, example_inputs
+from pocketsam.specs import GraphSpec
+
+# Layers with weights: what stands between a graph input and the first of them handles raw pixels and coordinates.
+WEIGHTED = frozenset({"conv", "conv_transpose", "linear", "matmul"})
+# What may stand between the product that makes attention logits and its softmax.
+LOGIT_PATH = frozenset({"add", "sub", "mul", "real_div", "reshape", "transpose", "expand_dims", "squeeze",
+                        "slice_by_index", "concat", "cast"})
+# Squares of activations above 255 leave the range of fp16 inside a layer norm.
+ALWAYS_FP32 = frozenset({"layer_norm", "softmax", "sin", "cos"})
+
+
+class CoreMlExporter:
+    """Writes ``coreml/<graph>.<precision>.mlpackage``: the encoder for iOS 17, the decoder for iOS 18.
+
+    The encoder takes an RGB image of side S; the decoder has the functions ``decode_1`` (default) and ``decode_16``
+    for 1 and 16 prompts, which share their weights. All other inputs and all outputs are float32.
+    """
+
+    name = "coreml"
+    runtime = "coreml"
+    extension = "mlpackage"
+    precisions = ("fp32", "fp16")
+    absorb = True
+
+    @staticmethod
+    def tools() -> dict[str, str]:
+        """Versions that an artifact depends on."""
+        return {"torch": torch.__version__, "coremltools": str(coremltools().__version__)}
+
+    @staticmethod
+    def export(graph: EncoderGraph | DecoderGraph, spec: GraphSpec, precision: str, path: Path) -> None:
+        """Convert one graph and write its package."""
+        if isinstance(graph, EncoderGraph):
+            convert(PlanarImage(graph).eval(), spec, precision, 1).save(str(path))
+            # A debugging map that coremltools leaves beside the model; Core ML does not read it.
+            (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
+            return
+        ct = coremltools()
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            functions = ct.utils.MultiFunctionDescriptor()
+            for batch in ENTRY_BATCHES:
+                single = str(Path(folder) / f"{batch}.mlpackage")
+                convert(graph, spec, precision, batch).save(single)
+                functions.add_function(single, "main", function_name(batch))
+            functions.default_function_name = function_name(ENTRY_BATCHES[0])
+            ct.utils.save_multifunction(functions, str(path))
+
+
+class PlanarImage(nn.Module):
+    """The encoder graph behind Core ML's image input: float (1, 3, S, S) RGB with values 0 to 255."""
+
+    def __init__(self, graph: EncoderGraph) -> None:
+        super().__init__()
+        self.inner = graph
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        # The inner graph's own transposition undoes this one, and the converter drops both.
+        features: tuple[Tensor, ...] = self.inner(image.permute(0, 2, 3, 1))
+        return features
+
+
+def function_name(batch: int) -> str:
+    """The decoder function for a number of prompts."""
+    return f"decode_{batch}"
+
+
+def convert(module: nn.Module, spec: GraphSpec, precision: str, batch: int) -> Any:
+    """A torch module to a coremltools ``MLModel`` with the contract's names.
+
+    Goes through ``torch.export``, for its sizes are plain numbers: with traced modules, whose sizes are one-element
+    arrays, coremltools 9.0 fails on numpy 2.4 or later (``int()`` of an array in its operator ``_cast``). This
+    choice is the one place that works round it.
+
+    Args:
+        module: takes the inputs of ``spec``; an image as float (1, 3, S, S).
+        precision: ``fp32`` or ``fp16`` compute and weights.
+        batch: number of prompts.
+    """
+    ct = coremltools()
+    with quiet(), torch.no_grad():
+        inputs, examples = _inputs(ct, spec, batch)
+        program = torch.export.export(module, examples).run_decompositions({})
+        compute: Any = ct.precision.FLOAT32
+        if precision == "fp16":
+            compute = ct.transform.FP16ComputePrecision(op_selector=fits_fp16)
+        return ct.convert(
+            program, inputs=inputs, outputs=[ct.TensorType(name=t.name, dtype=np.float32) for t in spec.outputs],
+            minimum_deployment_target=ct.target.iOS17, convert_to="mlprogram", compute_precision=compute,
+            skip_model_load=True)
+
+
+def _inputs(ct: Any, spec: GraphSpec, batch: int) -> tuple[list[Any], tuple[Tensor, ...]]:
+    inputs, examples = [], []
+    for tensor, example in zip(spec.inputs, example_inputs(spec, batch), strict=True):
+        if tensor.dtype == "uint8":
+            example = example.permute(0, 3, 1, 2).float().contiguous()
+            inputs.append(ct.ImageType(name=tensor.name, shape=tuple(example.shape), scale=1.0, bias=[0.0, 0.0, 0.0],
+                                       color_layout=ct.colorlayout.RGB))
+        else:
+            inputs.append(ct.TensorType(name=tensor.name, shape=tuple(example.shape), dtype=np.float32))
+        examples.append(example)
+    return inputs, tuple(examples)
+
+
+def fits_fp16(operation: Any) -> bool:
+    """Whether an operator of the MIL program may compute in fp16.
+
+    Kept in fp32: layer norms and softmax; the products that make attention logits and all up to the softmax (they
+    overflow in TinyViT); raw pixels, coordinates and labels up to the first layer (fp16 steps by half a pixel above
+    512); and what leads to a sine or cosine, whose argument spans many periods.
+    """
+    kind = operation.op_type
+    if kind in ALWAYS_FP32 or _raw(operation, {}):
+        return False
+    return not _leads_to(operation, {"softmax", "sin", "cos"}, passes=kind in LOGIT_PATH | WEIGHTED)
+
+
+def _raw(operation: Any, known: dict[int, bool]) -> bool:
+    """No weighted layer between the graph's inputs and this result."""
+    if id(operation) not in known:
+        parents = [v.op for values in operation.inputs.values()
+                   for v in (values if isinstance(values, (list, tuple)) else [values])]
+        known[id(operation)] = operation.op_type not in WEIGHTED and all(p is None or _raw(p, known) for p in parents)
+    return known[id(operation)]
+
+
+def _leads_to(operation: Any, ends: set[str], passes: bool) -> bool:
+    """Some path of logit arithmetic from this operator's results to one of ``ends``."""
+    if not passes:
+        return False
+    return any(child.op_type in ends or _leads_to(child, ends, child.op_type in LOGIT_PATH)
+               for out in operation.outputs for child in out.child_ops)
+
+
+def coremltools() -> Any:
+    """The untyped coremltools package, imported without its remarks about torch versions and macOS."""
+    with quiet():
+        return importlib.import_module("coremltools")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Progress bars (all that is written to stderr), version remarks and warnings off; errors are raised as ever."""
+    loggers = [logging.getLogger(n) for n in ("coremltools", "torch.utils._pytree", "torchao")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

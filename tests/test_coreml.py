@@ -1,0 +1,277 @@
+"""Core ML: packages that follow the contract, executed by the MIL evaluator against PyTorch and the goldens."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from goldens import Golden
+
+import pocketsam
+from pocketsam import registry
+from pocketsam.bundle import Bundle, read_bundle
+from pocketsam.errors import UsageError
+from pocketsam.export import coreml
+from pocketsam.parity import compare, mask_iou
+from pocketsam.predictor import Predictor
+from pocketsam.runtimes.mil.evaluate import Evaluator
+from pocketsam.runtimes.mil.program import Function, Operation, load_package
+
+logging.getLogger("coremltools").setLevel(logging.ERROR)
+ct = pytest.importorskip("coremltools")
+cto = pytest.importorskip("coremltools.optimize.coreml")
+
+DYNAMIC = {"resize", "resize_bilinear", "resize_nearest_neighbor", "non_zero", "while_loop", "cond", "shape",
+           "range_1d"}
+LOGITS = 90_000.0
+
+
+def sam(bundle: Path, precision: str = "fp32") -> Predictor:
+    return pocketsam.load(bundle, runtime="coreml", precision=precision, threads=2)
+
+
+def package(bundle: Path, graph: str, precision: str) -> Path:
+    return bundle / f"coreml/{graph}.{precision}.mlpackage"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
+    """TO DELETE once registry.py has these rows."""
+    registry.FORMATS.setdefault("coreml", "pocketsam.export.coreml:CoreMlExporter")
+    registry.RUNTIMES.setdefault("coreml", "pocketsam.runtimes.coreml:CoreMlRuntime")
+    registry.RUNTIME_FORMATS.setdefault("coreml", "coreml")
+    registry.RUNTIME_PACKAGES.setdefault("coreml", registry.Package("coremltools", "coremltools", "coreml"))
+    registry.FORMAT_PACKAGES.setdefault("coreml", ("torch", "coremltools"))
+
+
+@pytest.fixture(scope="module")
+def exported(toy_checkpoint: Path) -> Path:
+    out = toy_checkpoint.parent / "coreml.bundle"
+    pocketsam.export("toy_sam", checkpoint=toy_checkpoint, formats=["coreml"], precisions=["fp32", "fp16"], out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def reference(toy_checkpoint: Path) -> Predictor:
+    return pocketsam.load("toy_sam", checkpoint=toy_checkpoint, runtime="pytorch", threads=2)
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-4), ("fp16", 2e-2)])
+def test_equals_pytorch(exported: Path, reference: Predictor, golden_image: np.ndarray[Any, Any], precision: str,
+                        limit: float) -> None:
+    agreement = compare(reference, sam(exported, precision), [golden_image, golden_image[:, ::-1].copy()])
+    assert max(agreement.tensor_errors.values()) <= limit
+    assert agreement.mean >= {"fp32": 0.9999, "fp16": 0.995}[precision]
+    if precision == "fp16":
+        assert max(agreement.tensor_errors.values()) > 1e-5, "this is not fp16"
+
+
+def test_the_contract(exported: Path) -> None:
+    bundle = read_bundle(exported)
+    for precision in ("fp32", "fp16"):
+        encoder = load_package(bundle.file(bundle.find("coreml", precision, "encoder")))
+        assert encoder.image_inputs == {"image": "RGB"}
+        assert encoder.version == 8
+        assert [i.shape for i in encoder.functions["main"].inputs] == [(1, 3, 128, 128)]
+        decoder = load_package(bundle.file(bundle.find("coreml", precision, "decoder")))
+        assert decoder.default == "decode_1"
+        assert set(decoder.functions) == {"decode_1", "decode_16"}
+        for batch in (1, 16):
+            function, spec = decoder.functions[f"decode_{batch}"], bundle.spec.decoder_graph(bundle.slots)
+            assert {i.name: i.shape for i in function.inputs} == {t.name: t.concrete(batch) for t in spec.inputs}
+            assert list(function.outputs) == spec.output_names
+        for function in (*encoder.functions.values(), *decoder.functions.values()):
+            assert {i.dtype for i in function.inputs} == {"fp32"}
+            assert {dtypes(function)[name] for name in function.outputs} == {"fp32"}
+
+
+def dtypes(function: Function) -> dict[str, str]:
+    return {o.name: o.dtype for operation in function.operations for o in operation.outputs}
+
+
+def test_nothing_dynamic_and_four_dimensions(exported: Path) -> None:
+    for graph in ("encoder", "decoder"):
+        for function in load_package(package(exported, graph, "fp32")).functions.values():
+            operations = [o for o in function.operations if o.type != "const"]
+            assert not {o.type for o in operations} & DYNAMIC
+            shapes = [out.shape for o in operations for out in o.outputs]
+            assert max(map(len, shapes)) <= 4
+            assert all(n > 0 for shape in shapes for n in shape), "a size is not known before the run"
+
+
+def test_colours_are_not_swapped(exported: Path, reference: Predictor) -> None:
+    red = np.zeros((96, 128, 3), np.uint8)
+    red[20:60, 30:90, 0] = 255
+    ours = sam(exported).embed(red).features["image_embeddings"]
+    swapped = reference.embed(red[..., ::-1].copy()).features["image_embeddings"]
+    assert np.abs(ours - reference.embed(red).features["image_embeddings"]).max() < 1e-4
+    assert np.abs(ours - swapped).max() > 0.1
+
+
+def test_batches_equal_single_prompts(exported: Path, golden_image: np.ndarray[Any, Any]) -> None:
+    predictor = sam(exported)
+    predictor.set_image(golden_image)
+    boxes = np.array([[10 + 20 * i, 5 + 9 * i, 300 + 20 * i, 200 + 9 * i] for i in range(19)])
+    together = predictor.predict_boxes(boxes)
+    for i in (0, 15, 16, 18):
+        alone = predictor.predict(box=boxes[i], multimask=False)
+        assert np.abs(alone.logits[0] - together.logits[i]).max() <= 1e-5
+        assert abs(alone.scores[0] - together.scores[i]) <= 1e-5
+
+
+def test_says_what_it_is(exported: Path) -> None:
+    info = sam(exported).runtime.info()
+    assert (info["runtime"], info["engine"]) == ("coreml", "mil-evaluator")
+    assert "verifies" in info["note"]
+
+
+def test_unknown_compute_unit(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POCKETSAM_COREML_UNIT", "TPU")
+    with pytest.raises(UsageError, match="choose one of ALL, CPU_ONLY"):
+        sam(exported)
+
+
+def producers(function: Function) -> dict[str, Operation]:
+    return {out.name: operation for operation in function.operations for out in operation.outputs}
+
+
+def logit_products(function: Function) -> list[Operation]:
+    """The matrix products whose results reach a softmax through arithmetic and reshaping only."""
+    by_name, found = producers(function), []
+    pending = [o for o in function.operations if o.type == "softmax"]
+    assert pending
+    while pending:
+        for bindings in pending.pop().inputs.values():
+            parents = [by_name[b] for b in bindings if isinstance(b, str) and b in by_name]
+            found += [p for p in parents if p.type == "matmul"]
+            pending += [p for p in parents if p.type in coreml.LOGIT_PATH]
+    return found
+
+
+def check_protected(function: Function) -> None:
+    held = [o for o in function.operations if o.type in coreml.ALWAYS_FP32] + logit_products(function)
+    assert {o.outputs[0].dtype for o in held} == {"fp32"}
+    heavy = [o.outputs[0].dtype for o in function.operations if o.type in ("linear", "conv")]
+    assert heavy.count("fp16") > 0.8 * len(heavy)
+
+
+@pytest.mark.parametrize("graph", ["encoder", "decoder"])
+def test_fp16_keeps_what_overflows(exported: Path, graph: str) -> None:
+    for function in load_package(package(exported, graph, "fp16")).functions.values():
+        check_protected(function)
+
+
+@pytest.fixture(scope="module")
+def hot_checkpoint(toy_checkpoint: Path) -> Path:
+    """The toy model with attention logits of 90,000 more, the same for every key, so that softmax must not care."""
+    state = torch.load(toy_checkpoint, weights_only=True)
+    for block in ("0", "1"):
+        weight, bias = (state[f"image_encoder.blocks.{block}.attn.qkv.{n}"] for n in ("weight", "bias"))
+        # Rows of q, then k, two heads of width 16 each; the first channel of each head becomes a constant.
+        for row in (0, 16, 32, 48):
+            weight[row], bias[row] = 0, (LOGITS * 16 ** 0.5) ** 0.5
+    path = toy_checkpoint.parent / "hot.pt"
+    torch.save(state, path)
+    return path
+
+
+def test_large_attention_logits_survive_fp16(hot_checkpoint: Path, tmp_path: Path,
+                                             golden_image: np.ndarray[Any, Any]) -> None:
+    options: Any = {"checkpoint": hot_checkpoint, "formats": ["coreml"], "precisions": ["fp16"]}
+    pocketsam.export("toy_sam", out=tmp_path / "kept", **options)
+    agreement = compare(pocketsam.load("toy_sam", checkpoint=hot_checkpoint, runtime="pytorch"),
+                        sam(tmp_path / "kept", "fp16"), [golden_image])
+    assert agreement.mean >= 0.995
+
+
+def test_without_the_selector_they_overflow(hot_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                            golden_image: np.ndarray[Any, Any]) -> None:
+    """Everything in fp16 gives NaN embeddings and empty masks, far below the gate, which is off here."""
+    monkeypatch.setattr(coreml, "fits_fp16", lambda operation: True)
+    options: Any = {"checkpoint": hot_checkpoint, "formats": ["coreml"], "precisions": ["fp16"]}
+    bundle = pocketsam.export("toy_sam", out=tmp_path / "forced", gate=0.0, **options)
+    assert bundle.artifacts[0].measured["all"]["mean"] < 0.5
+    predictor = sam(tmp_path / "forced", "fp16")
+    embedding = predictor.set_image(golden_image)
+    assert np.isnan(embedding.features["image_embeddings"]).all()
+    assert not predictor.predict(box=(100, 100, 400, 300), multimask=False).masks.any()
+
+
+COMPRESSED = [
+    ("int8", "linear_quantize_weights", lambda: cto.OpLinearQuantizerConfig(mode="linear_symmetric",
+                                                                            weight_threshold=256), 0.05),
+    *[(f"palettized-{bits}", "palettize_weights",
+       lambda bits=bits: cto.OpPalettizerConfig(mode="uniform", nbits=bits, weight_threshold=256), limit)
+      for bits, limit in ((4, 0.9), (6, 0.3), (8, 0.1))],
+]
+
+
+@pytest.mark.parametrize(("how", "config", "limit"), [c[1:] for c in COMPRESSED], ids=[c[0] for c in COMPRESSED])
+def test_compressed_encoder(exported: Path, tmp_path: Path, how: str, config: Callable[[], Any], limit: float) -> None:
+    """The toy encoder with compressed weights equals its decompressed form, and stays near the original."""
+    original = package(exported, "encoder", "fp32")
+    packed = getattr(cto, how)(ct.models.MLModel(str(original), skip_model_load=True),
+                               cto.OptimizationConfig(global_config=config()))
+    packed.save(str(tmp_path / "packed.mlpackage"))
+    cto.decompress_weights(packed).save(str(tmp_path / "plain.mlpackage"))
+    x = {"image": np.random.default_rng(0).integers(0, 256, (1, 3, 128, 128)).astype(np.float32)}
+    evaluators = [Evaluator(p) for p in (tmp_path / "packed.mlpackage", tmp_path / "plain.mlpackage", original)]
+    ours, plain, full = (e.run(x)["image_embeddings"] for e in evaluators)
+    constexprs = [o for o in evaluators[0].function.operations if o.type.startswith("constexpr_")]
+    assert len(constexprs) >= 8
+    assert np.abs(ours - plain).max() <= 1e-4
+    assert 1e-3 < np.abs(ours - full).std() <= limit
+
+
+def test_conversion_is_quiet_and_leaves_no_scraps(toy_checkpoint: Path, exported: Path) -> None:
+    code = ("import numpy as np; from pocketsam.export.coreml import coremltools; coremltools();"
+            "from pocketsam.runtimes.mil.program import load_package; from pathlib import Path;"
+            f"load_package(Path({str(package(exported, 'encoder', 'fp32'))!r}))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Failed to load" not in done.stderr
+    assert "has not been tested" not in done.stderr
+    files = {p.name for p in (exported / "coreml").rglob("*") if p.is_file()}
+    assert files == {"Manifest.json", "model.mlmodel", "weight.bin"}
+
+
+@pytest.fixture(scope="module")
+def mobile(golden_checkpoint: Callable[[str], Path], golden_image: np.ndarray[Any, Any],
+           tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+    out = tmp_path_factory.mktemp("coreml") / "mobile.bundle"
+    yield pocketsam.export("mobile_sam", checkpoint=golden_checkpoint("mobile_sam"), formats=["coreml"],
+                           precisions=["fp32", "fp16"], out=out, images=[golden_image])
+    shutil.rmtree(out)
+
+
+@pytest.mark.slow
+def test_mobile_sam_equals_the_goldens(mobile: Bundle, golden_image: np.ndarray[Any, Any]) -> None:
+    golden = Golden.of("mobile_sam")
+    single, half = sam(mobile.root), sam(mobile.root, "fp16")
+    single.set_image(golden_image)
+    half.set_image(golden_image)
+    for name, p in golden.manifest["prompts"].items():
+        mask = golden.arrays["mask_input"] if p["mask"] else None
+        for mode in ("single", "multi"):
+            expected = golden.masks(name, mode)
+            result = single.predict(p["points"], p["labels"], p["box"], mask, multimask=mode == "multi")
+            wrong = (expected != result.masks).sum(axis=(1, 2))
+            assert wrong.max() <= 10, (name, mode, wrong)
+            rounded = half.predict(p["points"], p["labels"], p["box"], mask, multimask=mode == "multi")
+            assert min(mask_iou(a, b) for a, b in zip(expected, rounded.masks, strict=True)) >= 0.98, (name, mode)
+
+
+@pytest.mark.slow
+def test_mobile_sam_keeps_attention_in_fp32(mobile: Bundle) -> None:
+    function = load_package(package(mobile.root, "encoder", "fp16")).functions["main"]
+    assert len([o for o in function.operations if o.type == "softmax"]) == 10
+    assert len(logit_products(function)) == 10
+    check_protected(function)
