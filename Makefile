@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup test test-all check lint types clean
+.PHONY: setup demo test test-all check lint types clean
 
 setup: $(STAMP)
 
@@ -12,6 +12,9 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[all,dev]'
 	touch $@
+
+demo: $(STAMP)        ## export lite0 to every format, segment the photos, write build/demo.html
+	$(BIN)/pocketsam demo -o build
 
 test: $(STAMP)        ## fast tests
 	$(BIN)/python -m pytest -m "not slow"

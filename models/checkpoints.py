@@ -30,7 +30,7 @@ _META = "https://dl.fbaipublicfiles.com/segment_anything/"
 
 CHECKPOINTS = (
     Checkpoint("lite0", "lite0.safetensors", "ships with pocketsam", None,
-               "Apache-2.0, trained on research-use data: docs/lite0.md", None),
+               "research use, see docs/lite0.md", None),
     Checkpoint("sam_vit_b", "sam_vit_b_01ec64.pth", _META + "sam_vit_b_01ec64.pth",
                "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912", "Apache-2.0", 375_042_383),
     Checkpoint("sam_vit_l", "sam_vit_l_0b3195.pth", _META + "sam_vit_l_0b3195.pth",

@@ -20,7 +20,7 @@ def main() -> None:
             for file in (ROOT / folder).iterdir():
                 if file.name != "__pycache__":
                     (target / file.name).symlink_to(file)
-        else:
+        elif package.count(".") == 1:  # nested packages come with their parent's link
             (target / package.removeprefix("pocketsam.")).symlink_to(ROOT / folder)
 
 

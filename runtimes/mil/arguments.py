@@ -34,7 +34,9 @@ class Arguments:
 
     def optional(self, name: str) -> Tensor | None:
         """The tensor of an optional parameter, or None."""
-        return self[name] if name in self else None
+        if name not in self:
+            return None
+        return self[name]
 
     def all(self, name: str) -> list[Tensor]:
         """Every tensor of a variadic parameter."""
