@@ -15,7 +15,6 @@ from goldens import FILES, Golden, image
 
 import pocketsam
 from pocketsam import registry
-from pocketsam.builtin import builtin_weights
 from pocketsam.images import load_rgb
 from pocketsam.parity import mask_iou
 from pocketsam.photos import photo_paths
@@ -32,9 +31,8 @@ PROMPTS = {
     "mask": {"points": [[0.38, 0.4]], "labels": [1], "mask": True},
 }
 GOLDEN_NAMES = dict(zip("abcde", PROMPTS, strict=True))
-# ViT-B's fp16 twins add half an hour and no code path; its fp32 artifacts run everywhere.
-BOTH = ("fp32", "fp16")
-MODELS = {"toy_sam": BOTH, "lite0": BOTH, "mobile_sam": BOTH, "sam_vit_b": ("fp32",)}
+# fp32 everywhere; fp16 on the toy model, until the fp16 twins of the large ones are measured and gated one by one.
+MODELS = {"toy_sam": ("fp32", "fp16"), "mobile_sam": ("fp32",), "sam_vit_b": ("fp32",)}
 SLOW = set(MODELS) - {"toy_sam"}
 MATRIX = [
     pytest.param(m, r, p, id=f"{m}-{r}-{p}", marks=[pytest.mark.slow] if m in SLOW else [])
@@ -93,7 +91,7 @@ def from_pytorch(model: str, bundle: Path, reference: Predictor, rgb: np.ndarray
 def cases(toy_checkpoint: Path, toy_everywhere: Path, golden_checkpoint: Callable[[str], Path],
           tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     """Model name -> its case; exported once."""
-    checkpoints = {"toy_sam": lambda: toy_checkpoint, "lite0": lambda: builtin_weights("lite0")}
+    checkpoints = {"toy_sam": lambda: toy_checkpoint}
     folder = tmp_path_factory.mktemp("matrix")
 
     @cache
