@@ -20,7 +20,8 @@ def main() -> None:
             for file in (ROOT / folder).iterdir():
                 if file.name != "__pycache__":
                     (target / file.name).symlink_to(file)
-        elif package.count(".") == 1:  # nested packages come with their parent's link
+        elif package.count(".") == 1 and not folder.startswith(mapping["pocketsam"]):
+            # Nested packages, and those inside the core, come with their parent's link.
             (target / package.removeprefix("pocketsam.")).symlink_to(ROOT / folder)
 
 

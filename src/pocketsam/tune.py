@@ -18,7 +18,7 @@ from pocketsam import __version__
 from pocketsam.api import open_bundle
 from pocketsam.bundle import Bundle
 from pocketsam.doctor import machine, runtimes
-from pocketsam.errors import BundleError, MissingDependency, PocketSamError
+from pocketsam.errors import BundleError, MissingDependency, PocketSamError, UnknownName
 from pocketsam.files import staged_file
 from pocketsam.geometry import Frame
 from pocketsam.prompts import Prompt, decoder_inputs
@@ -79,11 +79,16 @@ def choose(candidates: list[Candidate], precision: str | None = None) -> Candida
     """The fastest usable candidate; among equally fast ones the most accurate.
 
     Raises:
+        UnknownName: the bundle has no artifact of this precision.
         BundleError: nothing in the bundle runs here.
     """
-    usable = [c for c in candidates if not c.problem and precision in (None, c.precision)]
+    held = {c.precision for c in candidates}
+    if precision is not None and precision not in held:
+        raise UnknownName("precision", precision, held)
+    asked = [c for c in candidates if precision in (None, c.precision)]
+    usable = [c for c in asked if not c.problem]
     if not usable:
-        problems = "; ".join(c.problem for c in candidates if c.problem) or "it has no artifact of this precision"
+        problems = "; ".join(c.problem for c in asked) or "it holds no artifacts"
         raise BundleError(f"no runtime can open this bundle here: {problems}")
     fastest = min(c.cost_ms for c in usable)
     return max((c for c in usable if c.cost_ms <= fastest * EQUAL), key=lambda c: (c.agreement, -c.cost_ms))

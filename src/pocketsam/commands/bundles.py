@@ -1,0 +1,114 @@
+"""Commands that make and prove bundles: export, verify, tune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import pocketsam
+from pocketsam.commands.console import (
+    Json,
+    Threads,
+    escape,
+    formats,
+    images_in,
+    names,
+    out,
+    print_json,
+    progress,
+    table,
+)
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="Model name, see `pocketsam models`.")] = "lite0",
+    checkpoint: Annotated[Path | None, typer.Option(help="Official checkpoint file; lite0 needs none.")] = None,
+    to: Annotated[str, typer.Option(help="Formats, separated by commas, or all.")] = "onnx",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Bundle folder; default MODEL.bundle.")] = None,
+    precision: Annotated[str, typer.Option(help="Precisions, separated by commas.")] = "fp32",
+    slots: Annotated[int | None, typer.Option(help="Prompt slots of the decoder; default 8.")] = None,
+    gate: Annotated[float | None, typer.Option(help="Least mean mask agreement with PyTorch, 0 to 1.")] = None,
+    parity_images: Annotated[Path | None, typer.Option(help="Folder of images to measure agreement on; default: "
+                                                            "photos that ship with the package.")] = None,
+    json_: Json = False,
+) -> None:
+    """Export a checkpoint to a bundle, proven against PyTorch."""
+    images = None if parity_images is None else images_in(parity_images)
+
+    bundle = pocketsam.export(model, checkpoint=checkpoint, formats=formats(to), precisions=names(precision),
+                              out=output or Path(f"{model}.bundle"), slots=slots, gate=gate, images=images,
+                              report=lambda t: progress(t, json_))
+    if json_:
+        from pocketsam.bundle import to_json
+
+        print(to_json(bundle), end="")
+        return
+    shown = table("artifact", "MB", "mask agreement", "5th percentile", "worst", "max tensor error")
+    for a in bundle.artifacts:
+        m = a.measured
+        worst = max((v for k, v in m["max_tensor_error"].items() if k in {o["name"] for o in a.outputs}), default=0.0)
+        shown.add_row(a.path, f"{a.bytes / 1e6:.1f}", f"{m['all']['mean']:.5f}", f"{m['all']['p5']:.5f}",
+                      f"{m['all']['worst']:.5f}", f"{worst:.1e}")
+    out.print(shown)
+    out.print(f"{bundle.root}: {bundle.spec.name}, weights licence {bundle.weights['licence']}", highlight=False)
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="The checkpoint it was exported from; lite0 needs "
+                                                         "none.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of images; default: the shipped photos.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Measure every artifact against PyTorch again; exit code 1 if one falls below its gate."""
+    from pocketsam.bundle import read_bundle
+    from pocketsam.images import load_rgb
+    from pocketsam.photos import photo_paths
+    from pocketsam.verify import verify as run
+
+    opened = read_bundle(bundle)
+    files = photo_paths() if images is None else images_in(images)
+    reference = pocketsam.load(opened.spec.name, checkpoint=checkpoint, runtime="pytorch")
+    rows = run(opened, reference, [load_rgb(f) for f in files], seed, lambda t: progress(t, json_))
+    if json_:
+        print_json([r.to_json() for r in rows])
+    else:
+        shown = table("format", "precision", "kind", "prompts", "mean", "5th percentile", "worst", "gate", "result")
+        for row in rows:
+            for kind in ("box", "point"):
+                m = row.measured.get(kind)
+                numbers = [str(m["prompts"]), *(f"{m[k]:.5f}" for k in ("mean", "p5", "worst"))] if m else [""] * 4
+                verdict = escape(row.problem) or ("passed" if row.passed else "BELOW GATE")
+                shown.add_row(row.format, row.precision, kind, *numbers, str(row.gate), verdict)
+        out.print(shown)
+    if not all(r.passed for r in rows):
+        raise typer.Exit(1)
+
+
+def tune(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    threads: Threads = None,
+    fresh: Annotated[bool, typer.Option(help="Measure again even if this machine was measured before.")] = False,
+    json_: Json = False,
+) -> None:
+    """Time the runtimes of a bundle on this machine and show which one `auto` takes."""
+    from dataclasses import asdict
+
+    from pocketsam.bundle import read_bundle
+    from pocketsam.tune import choose
+    from pocketsam.tune import tune as run
+
+    candidates = run(read_bundle(bundle), threads, fresh, lambda t: progress(t, json_))
+    best = choose(candidates)
+    if json_:
+        print_json({"chosen": asdict(best), "candidates": [asdict(c) for c in candidates]})
+        return
+    shown = table("runtime", "precision", "encoder ms", "prompt ms", "mask agreement", "")
+    for c in candidates:
+        note = escape(c.problem) or ("chosen by auto" if c == best else "")
+        times = ("", "") if c.problem else (f"{c.encoder_ms:.1f}", f"{c.decoder_ms:.1f}")
+        shown.add_row(c.runtime, c.precision, *times, f"{c.agreement:.5f}", note)
+    out.print(shown)
