@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from pocketsam.doctor import machine
 from pocketsam.models.lite0 import LiteEncoder, lite0
 from pocketsam.models.mask_decoder import TwoWayBlock
 from pocketsam.models.sam import SegmentAnything
@@ -92,11 +93,17 @@ def fit(data: Sequence[Path], out: Path, preset: str, minutes: float, *, trunk: 
         stop_after: minutes after which to save and return, to be continued by the same call.
     """
     chosen = PRESETS[preset](minutes)
-    recipe = replace(chosen.recipe, seed=seed, lr=lr or chosen.recipe.lr)
-    cache = build_cache(data, chosen.cache, workers)
     device = "cuda" if torch.cuda.is_available() and preset == "gpu" else "cpu"
+    recipe = replace(chosen.recipe, seed=seed, lr=lr or chosen.recipe.lr,
+                     bf16=chosen.recipe.bf16 and computes_bf16(device))
+    cache = build_cache(data, chosen.cache, workers)
     spawn(chosen.processes, _train, cache, recipe, out, Start(initial, trunk), device, teaching,
           workers if device == "cuda" else 0, stop_after)
+
+
+def computes_bf16(device: str) -> bool:
+    """Whether bf16 is faster than float32 there: a CPU without the instructions emulates it, ten times slower."""
+    return device == "cuda" or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(machine()["features"]))
 
 
 def _train(cache: Cache, recipe: Recipe, out: Path, start: Start, device: str, teaching: Teaching | None,

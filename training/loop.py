@@ -58,7 +58,7 @@ class Recipe:
         lr: peak rate of the new layers; the trunk gets ``lr * trunk_lr``.
         warmup: fraction of the run.
         ema: decay of the weight average.
-        bf16: autocast the forward pass.
+        bf16: autocast the forward pass; ``fit`` turns it off on CPUs that only emulate it.
         seed: of everything.
     """
 

@@ -1,4 +1,4 @@
-"""Named recipes: what fits a GPU for half an hour, and two CPU cores for an hour or for a night."""
+"""Named recipes: what fits a GPU for half an hour, and two CPU cores for an hour, for some or for a night."""
 
 from __future__ import annotations
 
@@ -35,6 +35,16 @@ def quick(minutes: float) -> Preset:
     return Preset(Recipe(phases, minutes=minutes, ema=0.998, bf16=True), cache=384, processes=2)
 
 
+def hours(minutes: float) -> Preset:
+    """Two cores for some hours, from the weights of ``quick``: the late trunk learns too, clicks are corrected."""
+    phases = (
+        Phase(0.35, 256, 4, 8, 1, frozen=2),
+        Phase(0.8, 256, 4, 8, 2, frozen=2),
+        Phase(1.0, 384, 3, 8, 2, frozen=2),
+    )
+    return Preset(Recipe(phases, minutes=minutes, ema=0.998, bf16=True), cache=384, processes=2)
+
+
 def cpu(minutes: float) -> Preset:
     """Two cores for a night: frozen at first, then most of the trunk too, at last at 512 pixels."""
     phases = (
@@ -46,4 +56,4 @@ def cpu(minutes: float) -> Preset:
     return Preset(Recipe(phases, minutes=minutes, ema=0.999, bf16=True), cache=512, processes=2)
 
 
-PRESETS = {"gpu": gpu, "quick": quick, "cpu": cpu}
+PRESETS = {"gpu": gpu, "quick": quick, "hours": hours, "cpu": cpu}

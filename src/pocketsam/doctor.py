@@ -12,8 +12,8 @@ from typing import Any
 from pocketsam import registry
 
 # Instruction sets that decide which int8 and float kernels are fast.
-CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm",
-             "fphp")
+CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16",
+             "asimd", "asimddp", "i8mm", "bf16", "fphp")
 
 
 @dataclass(frozen=True)
