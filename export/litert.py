@@ -93,13 +93,14 @@ def _half_weights(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """litert-torch prints a progress line per pass, and its C++ part logs to the standard error stream."""
+    """litert-torch prints a line per pass, the quantizer draws bars, and the C++ part logs to the standard error stream."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):  # noqa: PTH123
+        with (warnings.catch_warnings(), open(os.devnull, "w") as sink,  # noqa: PTH123
+              contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink)):
             warnings.simplefilter("ignore")
             yield
     finally:

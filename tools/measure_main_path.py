@@ -2,8 +2,8 @@
 
     python tools/measure_main_path.py BUNDLE MODEL [--checkpoint FILE] [--threads 2] [--rounds 10]
 
-Calls are interleaved round by round, so that a drift of the machine cancels in the ratios. Load time (second opening,
-caches warm) and peak memory come from a process of their own for each runtime. Prints JSON.
+Each runtime lives in a process of its own and they take turns round by round, so that a drift of the machine cancels
+in the ratios. Load times are those of a warm cache. Prints JSON.
 """
 
 from __future__ import annotations
@@ -19,26 +19,80 @@ from typing import Any
 
 import numpy as np
 
-import pocketsam
 from pocketsam.bundle import read_bundle
 from pocketsam.doctor import machine
 from pocketsam.geometry import Frame, masks_from_logits, to_model_image
 from pocketsam.prompts import Prompt, decoder_inputs
 from pocketsam.registry import RUNTIME_FORMATS
+from pocketsam.specs import ModelSpec
 
-ALONE = """
-import json, resource, sys, time
-import numpy, pocketsam
-bundle, runtime, precision, threads = sys.argv[1:5]
+# A worker owns one runtime, so that the spinning threads and caches of one never slow down another.
+WORKER = """
+import json, sys, time
 start = time.perf_counter()
-sam = pocketsam.load(bundle, runtime=runtime, precision=precision, threads=int(threads))
-load = time.perf_counter() - start
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-sam.set_image(numpy.zeros((768, 1024, 3), numpy.uint8))
-sam.predict(points=[(5, 5)])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"load_s": round(load, 2), "peak_mb": peak // 1024, "peak_before_image_mb": before // 1024}))
+import numpy as np, pocketsam
+from pocketsam.geometry import Frame
+from pocketsam.prompts import Prompt, decoder_inputs
+source, checkpoint, runtime, precision, threads = sys.argv[1:6]
+imported = time.perf_counter()
+sam = pocketsam.load(source, checkpoint=checkpoint or None, runtime=runtime, precision=precision, threads=int(threads))
+loaded = time.perf_counter()
+engine, spec = sam.runtime, sam.spec
+frame = Frame.of(3 * spec.image_size // 4, spec.image_size, spec)
+image = np.random.default_rng(0).integers(0, 256, (1, spec.image_size, spec.image_size, 3), dtype=np.uint8)
+prompt = Prompt.of(frame, spec, points=[(20, 30)], labels=[1])
+inputs = decoder_inputs([prompt], frame, spec, engine.slots)
+features = engine.encode(image, frame)
+engine.decode(features, inputs)
+calls = {"encoder": lambda: engine.encode(image, frame), "decoder": lambda: engine.decode(features, inputs)}
+print(json.dumps({"load_s": round(loaded - imported, 2), "version": sam.info()["version"]}), flush=True)
+for line in sys.stdin:
+    graph, count = line.split()
+    times = []
+    for _ in range(int(count)):
+        start = time.perf_counter()
+        calls[graph]()
+        times.append((time.perf_counter() - start) * 1e3)
+    status = dict(r.split(":", 1) for r in open("/proc/self/status") if ":" in r)
+    print(json.dumps({"times": times, "peak_mb": int(status["VmHWM"].split()[0]) // 1024}), flush=True)
 """
+
+
+class Worker:
+    """One runtime in a process of its own, asked for a few calls at a time."""
+
+    def __init__(self, source: str, checkpoint: Path | None, runtime: str, precision: str, threads: int) -> None:
+        args = [source, str(checkpoint or ""), runtime, precision, str(threads)]
+        self.process = subprocess.Popen([sys.executable, "-c", WORKER, *args], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, encoding="utf-8")
+        self.facts: dict[str, Any] = self._read()
+        self.peak_mb = 0
+
+    def time(self, graph: str, count: int) -> list[float]:
+        """Milliseconds of ``count`` calls, readback included."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{graph} {count}\n")
+        self.process.stdin.flush()
+        answer = self._read()
+        self.peak_mb = answer["peak_mb"]
+        return list(answer["times"])
+
+    def _read(self) -> Any:
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def rounds_of(workers: dict[str, Worker], graph: str, rounds: int, calls: int) -> dict[str, list[float]]:
+    """The workers take turns; the first call of each turn only wakes the threads."""
+    times: dict[str, list[float]] = {name: [] for name in workers}
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            times[name] += worker.time(graph, calls + 1)[1:]
+    return times
+
 
 def interleaved(calls: dict[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
     """Milliseconds of each call, one after the other in every round."""
@@ -58,21 +112,12 @@ def summary(times: dict[str, list[float]], reference: str) -> dict[str, Any]:
     """Percentiles, and the median over rounds of the ratio to the reference."""
     out = {}
     for name, values in times.items():
-        ratios = np.array(times[reference]) / np.array(values)
+        count = min(len(values), len(times[reference]))
+        ratios = np.array(times[reference][:count]) / np.array(values[:count])
         out[name] = {"min_ms": round(min(values), 1), "p50_ms": round(float(np.median(values)), 1),
                      "p90_ms": round(float(np.percentile(values, 90)), 1),
                      "times_faster": round(float(np.median(ratios)), 2)}
     return out
-
-
-def alone(bundle: Path, runtime: str, precision: str, threads: int) -> dict[str, Any]:
-    """Load time with warm caches and peak memory, in a fresh process; the first opening only warms."""
-    out = ""
-    for _ in range(2):
-        out = subprocess.run([sys.executable, "-c", ALONE, str(bundle), runtime, precision, str(threads)], check=True,
-                             capture_output=True, encoding="utf-8").stdout
-    measured: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return measured
 
 
 def main() -> None:
@@ -85,40 +130,41 @@ def main() -> None:
     args = parser.parse_args()
 
     bundle = read_bundle(args.bundle)
-    predictors = {"pytorch fp32": pocketsam.load(args.model, checkpoint=args.checkpoint, runtime="pytorch",
-                                                 threads=args.threads)}
     pairs = [(r, p) for r, f in RUNTIME_FORMATS.items() if r != "coreml"
              for g, p in sorted({(a.format, a.precision) for a in bundle.artifacts}) if g == f]
+    # Opened once before, so that load times are those of a warm cache.
     for runtime, precision in pairs:
-        predictors[f"{runtime} {precision}"] = pocketsam.load(args.bundle, runtime=runtime, precision=precision,
-                                                              threads=args.threads)
-    spec = bundle.spec
+        Worker(str(args.bundle), None, runtime, precision, args.threads).close()
+    workers = {"pytorch fp32": Worker(args.model, args.checkpoint, "pytorch", "fp32", args.threads)}
+    for runtime, precision in pairs:
+        workers[f"{runtime} {precision}"] = Worker(str(args.bundle), None, runtime, precision, args.threads)
+    encoder = rounds_of(workers, "encoder", args.rounds, 2)
+    decoder = rounds_of(workers, "decoder", args.rounds, 20)
+    for worker in workers.values():
+        worker.close()
+    host = host_times(bundle.spec, bundle.slots, args.rounds * 2)
+    print(json.dumps({
+        "machine": machine(), "threads": args.threads, "model": bundle.spec.name,
+        "versions": {n: w.facts["version"] for n, w in workers.items()},
+        "encoder": summary(encoder, "pytorch fp32"), "decoder_one_prompt": summary(decoder, "pytorch fp32"),
+        "load_s": {n: w.facts["load_s"] for n, w in workers.items()},
+        "peak_mb": {n: w.peak_mb for n, w in workers.items()},
+        "host_12_megapixels_ms_p50": {n: round(float(np.median(v)), 1) for n, v in host.items()},
+        "host_12_megapixels_ms_p50_total": round(sum(float(np.median(v)) for v in host.values()), 1),
+    }, indent=2))
+
+
+def host_times(spec: ModelSpec, slots: int, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of what the predictor does outside the graphs for a photo of 4000 x 3000."""
     photo = np.random.default_rng(0).integers(0, 256, (3000, 4000, 3), dtype=np.uint8)
     frame = Frame.of(3000, 4000, spec)
-    image = to_model_image(photo, frame, spec)
     prompt = Prompt.of(frame, spec, points=[(2000, 1500)], labels=[1])
-    features = predictors["pytorch fp32"].runtime.encode(image, frame)
-    inputs = {p.runtime.slots: decoder_inputs([prompt], frame, spec, p.runtime.slots) for p in predictors.values()}
-    low_res = predictors["pytorch fp32"].runtime.decode(features, inputs[max(inputs)])["low_res_masks"]
-
-    encoder = interleaved({n: lambda p=p: p.runtime.encode(image, frame) for n, p in predictors.items()}, args.rounds)
-    decoder = interleaved({n: lambda p=p: p.runtime.decode(features, inputs[p.runtime.slots])
-                           for n, p in predictors.items()}, args.rounds * 5)
-    host = interleaved({
+    low_res = np.random.default_rng(1).normal(size=(1, spec.mask_size, spec.mask_size)).astype(np.float32)
+    return interleaved({
         "resize_and_pad": lambda: to_model_image(photo, frame, spec),
-        "prompt_slots": lambda: decoder_inputs([prompt], frame, spec, bundle.slots),
-        "mask_upsampling": lambda: masks_from_logits(low_res[:, 0], frame),
-    }, args.rounds * 2)
-    versions = {n: p.info()["version"] for n, p in predictors.items()}
-    del predictors
-    print(json.dumps({
-        "machine": machine(), "threads": args.threads, "model": spec.name, "image": "12 megapixels, 4000 x 3000",
-        "versions": versions,
-        "encoder": summary(encoder, "pytorch fp32"), "decoder_one_prompt": summary(decoder, "pytorch fp32"),
-        "alone": {f"{r} {p}": alone(args.bundle, r, p, args.threads) for r, p in pairs},
-        "host_ms_p50": {n: round(float(np.median(v)), 1) for n, v in host.items()},
-        "host_ms_p50_total": round(sum(float(np.median(v)) for v in host.values()), 1),
-    }, indent=2))
+        "prompt_slots": lambda: decoder_inputs([prompt], frame, spec, slots),
+        "mask_upsampling": lambda: masks_from_logits(low_res, frame),
+    }, rounds)
 
 
 if __name__ == "__main__":
