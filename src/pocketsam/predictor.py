@@ -141,7 +141,7 @@ class Predictor:
 
         Args:
             image: path, PIL image or uint8 (H, W, 3) RGB array.
-            settings: a :class:`pocketsam.everything.Settings`; the official generator's defaults when left out.
+            settings: a :class:`pocketsam.everything.Settings`; what suits the model when left out.
 
         Raises:
             ImageError: the image cannot be used.
