@@ -118,7 +118,7 @@ def select(store: Store, frame: Frame, mask_size: int, offset: float, overlap: f
     for c in store.ordered():
         if used and _surely_suppressed(c, kept[:used], overlap):
             continue
-        logits = decode(c) if c.logits is None else _restore(c, mask_size)
+        logits = decode(c) if c.logits is None else restore(c, mask_size)
         shape = shape_of(logits, frame, to_image(c.cells, frame, mask_size, 1 + mask_size / frame.size), offset)
         box = tight_box(shape)
         if box is None or not accept(shape, box) or (used and (iou(box, kept[:used]) > overlap).any()):
@@ -208,7 +208,8 @@ def _cut(logits: Floats, cells: Window) -> NDArray[np.float16]:
     return np.clip(logits[_grown(cells, len(logits))], -6e4, 6e4).astype(np.float16)
 
 
-def _restore(c: Candidate, m: int) -> Floats:
+def restore(c: Candidate, m: int) -> Floats:
+    """The (4h, 4w) logits of a candidate that still has them, far below 0 outside its window."""
     full = np.full((m, m), OUTSIDE, np.float32)
     full[_grown(c.cells, m)] = c.logits
     return full
