@@ -69,10 +69,12 @@ def thin(strength: Floats) -> Floats:
     gy, gx = np.gradient(smooth)
     gyy, gxy = np.gradient(gy)
     _, gxx = np.gradient(gx)
-    # The normal of a ridge is the direction of strongest curvature.
+    # Across an edge the strength bends most: down on its crest, up on its flanks.
     angle = 0.5 * np.arctan2(2 * gxy, gxx - gyy)
     dx, dy = np.cos(angle), np.sin(angle)
-    flat = (gxx * dx * dx + 2 * gxy * dx * dy + gyy * dy * dy) > (gxx * dy * dy - 2 * gxy * dx * dy + gyy * dx * dx)
+    along = gxx * dx * dx + 2 * gxy * dx * dy + gyy * dy * dy
+    across = gxx * dy * dy - 2 * gxy * dx * dy + gyy * dx * dx
+    flat = np.abs(along) < np.abs(across)
     dx, dy = np.where(flat, -dy, dx), np.where(flat, dx, dy)
     ahead, behind = (_at(strength, s * dx, s * dy) for s in (1, -1))
     kept: Floats = np.where((strength * 1.01 >= ahead) & (strength * 1.01 >= behind), strength, 0).astype(np.float32)

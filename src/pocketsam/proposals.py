@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketsam.errors import UsageError
 from pocketsam.everything import MaskRecord, Settings, segment_everything
 from pocketsam.images import ImageLike
 
@@ -27,7 +28,12 @@ def propose(sam: Predictor, image: ImageLike, settings: Settings = PROPOSALS, mo
         image: path, PIL image or uint8 (H, W, 3) RGB array.
         settings: the paper's; a coarser grid is faster.
         most: at most this many.
+
+    Raises:
+        UsageError: ``most`` is below 1.
     """
+    if most < 1:
+        raise UsageError(f"most is {most}; expected at least 1.")
     records = segment_everything(sam, image, settings)
     return sorted(records, key=lambda r: -(r.score + r.stability))[:most]
 

@@ -1,4 +1,4 @@
-"""The commands that find all masks: everything, and the tasks on top of it (proposals, edges, instances)."""
+"""The command that finds all masks of a photo or a folder."""
 
 from __future__ import annotations
 
