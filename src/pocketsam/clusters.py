@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -54,6 +55,8 @@ def run_ray(job: Job, photos: Sequence[Path], workers: int, report: Report, addr
         data = importlib.import_module("ray.data")
     except ModuleNotFoundError as e:
         raise MissingDependency("ray[data]", "ray", "--engine ray") from e
+    # Ray would report its usage to its makers.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     cpus = job.threads or 1
     if address is None:
         ray.init(num_cpus=workers * cpus, include_dashboard=False, log_to_driver=False, configure_logging=False,
