@@ -196,7 +196,7 @@ def test_ray_with_a_killed_worker(photos: Path, toy_bundle: Path, tmp_path: Path
         shutil.copy(photos / f"p{i % 4}.png", photos / f"p{i}.png")
     out = tmp_path / "out"
     command = [sys.executable, "-m", "pocketsam.cli", "everything", str(photos), "-o", str(out), "--bundle",
-               str(toy_bundle), "--runtime", "onnxruntime", *OPTIONS, "--grid", "48", "--engine", "ray", "--workers",
+               str(toy_bundle), "--runtime", "onnxruntime", *OPTIONS, "--grid", "16", "--engine", "ray", "--workers",
                "2", "--shard", "5", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as process:
         killed = False

@@ -41,11 +41,13 @@ from pocketsam.proposals import PROPOSALS, average_recall, propose, recalls
 COUNTS = (10, 100, 1000)
 SINGLES = 32
 PEAK = """
-import resource, sys
+import pathlib, sys
 import pocketsam
 sam = pocketsam.load(sys.argv[1], runtime=sys.argv[2], threads=int(sys.argv[3]))
 n = len(sam.everything(sys.argv[4]))
-print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+# Not getrusage: its peak begins with that of the parent process.
+status = pathlib.Path("/proc/self/status").read_text()
+print(n, int(status.split("VmHWM:")[1].split()[0]) // 1024)
 """
 
 
