@@ -25,7 +25,7 @@ ALLOWED = {
 }
 # The reference runtime executes the torch models themselves; the command line hands out everything.
 EXCEPTIONS = {"runtimes/pytorch.py": {"models"}, "src/pocketsam/cli.py": set(FOLDERS)}
-HEAVY = {"torch", "onnx", "onnxruntime", "onnxscript", "scipy", "cv2", "safetensors"}
+HEAVY = {"torch", "onnx", "onnxruntime", "onnxscript", "scipy", "cv2", "safetensors", "ray"}
 
 
 def files() -> list[tuple[str, Path]]:

@@ -6,16 +6,20 @@ import base64
 import html
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from PIL import Image
 
 from pocketsam.api import export, open_bundle
 from pocketsam.builtin import BUILTIN_MODEL
 from pocketsam.bundle import Bundle
 from pocketsam.doctor import exporters, machine
 from pocketsam.errors import MissingDependency, PocketSamError
+from pocketsam.everything import default_settings
 from pocketsam.files import staged_file
-from pocketsam.images import load_rgb
+from pocketsam.images import Rgb, load_rgb
+from pocketsam.labels import overlay, sa1b
 from pocketsam.overlay import draw
 from pocketsam.photos import BOXES, CLICKS, PHOTOS, photo_paths
 from pocketsam.predictor import Predictor
@@ -24,6 +28,8 @@ from pocketsam.tune import time_runtime
 
 PRECISIONS = ("fp32",)
 THUMBNAIL = 300
+PROMPTS = ("click", "box", "everything")
+EVERYTHING_GRID = 8
 Report = Callable[[str], None]
 
 STYLE = """
@@ -101,11 +107,24 @@ def _segment_all(sam: Predictor) -> dict[tuple[str, str], tuple[bytes, str]]:
         boxed = sam.predict(box=box, multimask=False)
         pictures["box"] = (draw(rgb, boxed.masks, boxes=[box]), boxed.scores[0])
         for prompt, (picture, score) in pictures.items():
-            picture.thumbnail((THUMBNAIL, THUMBNAIL))
-            buffer = io.BytesIO()
-            picture.save(buffer, "JPEG", quality=85)
-            cells[name, prompt] = (buffer.getvalue(), f"predicted IoU {score:.2f}")
+            cells[name, prompt] = (_jpeg(picture), f"predicted IoU {score:.2f}")
+        cells[name, "everything"] = _everything(sam, rgb)
     return cells
+
+
+def _everything(sam: Predictor, rgb: Rgb) -> tuple[bytes, str]:
+    """All masks from a coarse grid, so that the demo stays a matter of minutes on every runtime."""
+    settings = replace(default_settings(sam.spec.name), points_per_side=EVERYTHING_GRID)
+    records = sam.everything(rgb, settings)
+    rows = sa1b(records, "", rgb.shape[0], rgb.shape[1], 1)["annotations"]
+    return _jpeg(overlay(rgb, rows)), f"{len(records)} masks from {EVERYTHING_GRID} x {EVERYTHING_GRID} points"
+
+
+def _jpeg(picture: Image.Image) -> bytes:
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
 
 
 def _page(rows: list[list[str]], columns: list[Column]) -> str:
@@ -118,7 +137,7 @@ def _page(rows: list[list[str]], columns: list[Column]) -> str:
     body += [f"<th>{html.escape(c.title)}</th>" for c in columns]
     body.append("</tr>")
     for name in PHOTOS:
-        for prompt in ("click", "box"):
+        for prompt in PROMPTS:
             body.append(f"<tr><th>{name}, {prompt}</th>")
             for column in columns:
                 jpeg, caption = column.cells[name, prompt]

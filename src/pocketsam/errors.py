@@ -63,5 +63,13 @@ class OutputError(PocketSamError):
     """An output path that cannot be written."""
 
 
+class WorkerError(PocketSamError):
+    """A worker process of a job died; what it finished stays."""
+
+
+class LabelError(PocketSamError):
+    """Detections, annotations or a labelled pack that cannot be understood."""
+
+
 class UsageError(PocketSamError):
     """A combination of arguments that has no meaning."""

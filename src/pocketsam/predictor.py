@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,6 +17,9 @@ from pocketsam.images import ImageLike, Rgb, image_id, load_rgb
 from pocketsam.prompts import Prompt, decoder_inputs
 from pocketsam.runtime import Runtime
 from pocketsam.specs import ModelSpec
+
+if TYPE_CHECKING:
+    from pocketsam.everything import MaskRecord, Settings
 
 DECODER_BATCH = 16
 
@@ -130,6 +133,22 @@ class Predictor:
     def decode_prompts(self, prompts: Sequence[Prompt]) -> tuple[Floats, Floats]:
         """Raw answers of all four tokens: low-res logits (B, 4, 4h, 4w) and predicted IoU (B, 4)."""
         return self._decode(prompts)
+
+    def everything(self, image: ImageLike, settings: Settings | None = None) -> list[MaskRecord]:
+        """All masks of a photo, found with a grid of points; see :mod:`pocketsam.everything`.
+
+        The image that :meth:`predict` works on stays as it is.
+
+        Args:
+            image: path, PIL image or uint8 (H, W, 3) RGB array.
+            settings: a :class:`pocketsam.everything.Settings`; what suits the model when left out.
+
+        Raises:
+            ImageError: the image cannot be used.
+        """
+        from pocketsam.everything import segment_everything
+
+        return segment_everything(self, image, settings)
 
     def info(self) -> dict[str, Any]:
         """Runtime, versions, threads and model: what to quote beside a number."""

@@ -55,3 +55,28 @@ def _expand(text: str) -> list[int]:
             runs.append(x + runs[-2] if len(runs) > 2 else x)
             x = shift = 0
     return runs
+
+
+def encode_window(mask: NDArray[np.bool_], x0: int, y0: int, height: int, width: int) -> dict[str, Any]:
+    """The encoding of a (height, width) mask that is empty outside a window, without making the whole mask.
+
+    Args:
+        mask: bool (h, w) of the window, whose top left pixel is column ``x0``, row ``y0``.
+    """
+    columns = np.zeros((mask.shape[1], mask.shape[0] + 2), np.bool_)
+    columns[:, 1:-1] = mask.T
+    changes = np.flatnonzero(columns[:, 1:] != columns[:, :-1])
+    column, row = np.divmod(changes, mask.shape[0] + 1)
+    # Changes alternate between the start and the end (exclusive) of a run of ones.
+    flat = (column + x0) * height + row + y0
+    starts, ends = flat[::2], flat[1::2]
+    joined = np.flatnonzero(starts[1:] == ends[:-1])
+    bounds = np.stack([np.delete(starts, joined + 1), np.delete(ends, joined)], axis=1).ravel()
+    total = height * width
+    bounds = np.concatenate([[0], bounds, [] if len(bounds) and bounds[-1] == total else [total]])
+    return {"size": [height, width], "counts": _compress(np.diff(bounds).astype(int).tolist())}
+
+
+def area(rle: dict[str, Any]) -> int:
+    """Number of pixels of a mask."""
+    return sum(_expand(rle["counts"])[1::2])

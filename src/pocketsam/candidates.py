@@ -1,0 +1,215 @@
+"""Masks that might be kept: judged on low-resolution logits, brought to photo resolution only when they must be.
+
+Filters and box suppression give what they would give on full masks. A candidate is dropped on low-resolution evidence
+only where the bounds leave no doubt; otherwise it is upscaled (in its window) and judged exactly, in score order. So
+the work at photo resolution grows with the masks that are kept, not with the masks that were proposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocketsam.geometry import Floats, Frame
+from pocketsam.windows import REACH, Shape, Window, positive_cells, shape_of, to_image
+
+# Candidates' logits in memory at once; above it the least likely ones are dropped and decoded again if needed.
+STORE_BYTES = 48_000_000
+# Whatever lies outside a stored window is far below every threshold.
+OUTSIDE = -1e4
+Boxes = NDArray[np.float64]
+
+
+@dataclass
+class Candidate:
+    """One mask of one point.
+
+    Attributes:
+        score: predicted IoU.
+        point: index of the point that made it.
+        token: 1 to 3.
+        cells: low-resolution cells whose logits exceed minus the stability offset.
+        inner, outer: boxes (x0, y0, x1, y1) in photo pixels between which the mask's box lies.
+        logits: float16 logits of ``cells`` grown by two, or None when memory ran out.
+    """
+
+    score: float
+    point: int
+    token: int
+    cells: Window
+    inner: tuple[float, float, float, float]
+    outer: tuple[float, float, float, float]
+    logits: NDArray[np.float16] | None
+
+
+class Store:
+    """Candidates of one crop, with a bound on the memory of their logits."""
+
+    def __init__(self, limit: int = STORE_BYTES) -> None:
+        self.candidates: list[Candidate] = []
+        self.limit = limit
+        self._bytes = 0
+
+    def add(self, candidate: Candidate) -> None:
+        self.candidates.append(candidate)
+        self._bytes += _size(candidate)
+        if self._bytes > self.limit:
+            for c in sorted(self.candidates, key=lambda c: c.score):
+                self._bytes -= _size(c)
+                c.logits = None
+                if self._bytes <= self.limit * 3 // 4:
+                    break
+
+    def ordered(self) -> list[Candidate]:
+        """Best first; equal scores in the order of their points."""
+        return sorted(self.candidates, key=lambda c: -c.score)
+
+
+def _size(candidate: Candidate) -> int:
+    return 0 if candidate.logits is None else candidate.logits.nbytes
+
+
+def find(low_res: Floats, scores: Floats, first_point: int, frame: Frame, least_score: float, least_stability: float,
+         offset: float) -> Iterator[Candidate]:
+    """Candidates of a batch that low-resolution evidence does not rule out.
+
+    Args:
+        low_res: float32 (B, 4, 4h, 4w) logits; token 0 is ignored, as a point is ambiguous.
+        scores: float32 (B, 4) predicted IoU.
+        first_point: index of the batch's first point.
+        least_score, least_stability: thresholds; 0 switches a filter off.
+    """
+    m = low_res.shape[-1]
+    rows, columns = _content(frame, m)
+    for b, token in np.argwhere(scores[:, 1:] > least_score if least_score > 0 else np.isfinite(scores[:, 1:])):
+        logits = low_res[b, token + 1]
+        inside = logits[:rows, :columns]
+        outer = int(np.count_nonzero(inside > -offset))
+        if least_stability > 0 and _surely_unstable(int(np.count_nonzero(inside > offset)), outer, least_stability):
+            continue
+        positive, cells = positive_cells(inside, 0), positive_cells(inside, -offset)
+        if positive is None or cells is None:
+            continue
+        inner_box, outer_box = _box_bounds(positive, frame, m)
+        yield Candidate(float(scores[b, token + 1]), first_point + int(b), int(token) + 1, cells, inner_box, outer_box,
+                        _cut(logits, cells))
+
+
+def select(store: Store, frame: Frame, mask_size: int, offset: float, overlap: float,
+           accept: Callable[[Shape, tuple[int, int, int, int]], bool],
+           decode: Callable[[Candidate], Floats]) -> Iterator[tuple[Candidate, Shape, tuple[int, int, int, int]]]:
+    """Greedy box suppression, best score first, exact at photo resolution.
+
+    Args:
+        offset: of the stability score.
+        overlap: boxes with a larger IoU than this with a better mask's box are dropped.
+        accept: the filters that need the mask itself; gets the shape and its box (inclusive corners).
+        decode: makes the (4h, 4w) logits of a candidate again whose logits are no longer in memory.
+
+    Yields:
+        Kept candidates with their shape and box x0, y0, x1, y1 of the outermost pixels.
+    """
+    kept = np.empty((0, 4))
+    used = 0
+    for c in store.ordered():
+        if used and _surely_suppressed(c, kept[:used], overlap):
+            continue
+        logits = decode(c) if c.logits is None else restore(c, mask_size)
+        shape = shape_of(logits, frame, to_image(c.cells, frame, mask_size, 1 + mask_size / frame.size), offset)
+        box = tight_box(shape)
+        if box is None or not accept(shape, box) or (used and (iou(box, kept[:used]) > overlap).any()):
+            continue
+        if used == len(kept):
+            kept = np.concatenate([kept, np.empty((max(64, used), 4))])
+        kept[used] = box
+        used += 1
+        yield c, shape, box
+
+
+def tight_box(shape: Shape) -> tuple[int, int, int, int] | None:
+    """x0, y0, x1, y1 of the outermost pixels (inclusive, as in the official generator), or None for an empty mask."""
+    rows, columns = np.flatnonzero(shape.mask.any(1)), np.flatnonzero(shape.mask.any(0))
+    if not len(rows):
+        return None
+    x, y = shape.window.x0, shape.window.y0
+    return int(columns[0]) + x, int(rows[0]) + y, int(columns[-1]) + x, int(rows[-1]) + y
+
+
+def iou(box: Any, boxes: Boxes) -> NDArray[np.float64]:
+    """IoU of one box with many, (K,): areas are (x1 - x0)(y1 - y0); two boxes without area overlap by 0."""
+    inter, area, areas = _overlap(box, boxes)
+    union = area + areas - inter
+    return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
+
+
+def suppress(boxes: Boxes, scores: NDArray[np.float64], overlap: float) -> list[int]:
+    """Indices that greedy suppression keeps, best first; equal scores in their order."""
+    order = np.argsort(-scores, kind="stable")
+    kept: list[int] = []
+    for i in order.tolist():
+        if not kept or not (iou(boxes[i], boxes[kept]) > overlap).any():
+            kept.append(i)
+    return kept
+
+
+def _overlap(box: Any, boxes: Boxes) -> tuple[NDArray[np.float64], float, NDArray[np.float64]]:
+    x0, y0, x1, y1 = box
+    w = np.minimum(boxes[:, 2], x1) - np.maximum(boxes[:, 0], x0)
+    h = np.minimum(boxes[:, 3], y1) - np.maximum(boxes[:, 1], y0)
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return np.maximum(w, 0) * np.maximum(h, 0), float(max(0, x1 - x0) * max(0, y1 - y0)), areas
+
+
+def _surely_suppressed(c: Candidate, kept: Boxes, overlap: float) -> bool:
+    """A lower bound of the IoU already exceeds the threshold: least intersection over largest union."""
+    inter, _, areas = _overlap(c.inner, kept)
+    x0, y0, x1, y1 = c.outer
+    union = (x1 - x0) * (y1 - y0) + areas - inter
+    return bool((inter > overlap * union).any())
+
+
+def _surely_unstable(inner: int, outer: int, least: float) -> bool:
+    """Counting n cells instead of pixels errs like n^-3/4 for a smooth outline; four deviations are allowed."""
+    if outer == 0:
+        # A mask thinner than one cell: only the photo's pixels could tell, and there it is empty too.
+        return True
+    return bool(inner / outer < least - (0.01 + 2.2 * outer ** -0.75))
+
+
+def _content(frame: Frame, m: int) -> tuple[int, int]:
+    """Rows and columns of low-resolution cells that touch the photo."""
+    return -(-frame.content_height * m // frame.size), -(-frame.content_width * m // frame.size)
+
+
+def _box_bounds(cells: Window, frame: Frame, m: int) -> tuple[tuple[float, float, float, float],
+                                                              tuple[float, float, float, float]]:
+    """The mask reaches the centre of its outermost positive cells (less one pixel of sampling) and not the next's."""
+    cell = frame.size / m
+    sx, sy = frame.width / frame.content_width, frame.height / frame.content_height
+    right, bottom = frame.width - 1, frame.height - 1
+    inner = ((cells.x0 + 0.5) * cell * sx + 1, (cells.y0 + 0.5) * cell * sy + 1,
+             min(right, (cells.x1 - 0.5) * cell * sx) - 2, min(bottom, (cells.y1 - 0.5) * cell * sy) - 2)
+    outer = (max(0, ((cells.x0 - 0.5) * cell - 1) * sx - 1), max(0, ((cells.y0 - 0.5) * cell - 1) * sy - 1),
+             min(right, ((cells.x1 + 0.5) * cell + 1) * sx), min(bottom, ((cells.y1 + 0.5) * cell + 1) * sy))
+    return inner, outer
+
+
+def _grown(cells: Window, m: int) -> tuple[slice, slice]:
+    return (slice(max(0, cells.y0 - REACH), min(m, cells.y1 + REACH)),
+            slice(max(0, cells.x0 - REACH), min(m, cells.x1 + REACH)))
+
+
+def _cut(logits: Floats, cells: Window) -> NDArray[np.float16]:
+    """float16 keeps every sign, and moves a border by less than a thousandth of a cell."""
+    return np.clip(logits[_grown(cells, len(logits))], -6e4, 6e4).astype(np.float16)
+
+
+def restore(c: Candidate, m: int) -> Floats:
+    """The (4h, 4w) logits of a candidate that still has them, far below 0 outside its window."""
+    full = np.full((m, m), OUTSIDE, np.float32)
+    full[_grown(c.cells, m)] = c.logits
+    return full

@@ -1,0 +1,230 @@
+"""Segmenting folders: resumable, over processes, one finished file per photo.
+
+    OUT/job.json             settings and model; another job's folder is refused
+    OUT/labels/<photo>.json  SA-1B style; written last, so that its presence means the photo is done
+    OUT/overlays/<photo>.png
+    OUT/coco.json            all photos (with shards: coco-00000-of-00003.json, ...)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from pocketsam.embedding import Embedding, load_embedding
+from pocketsam.errors import EmbeddingError, ImageError, OutputError, UsageError, WorkerError
+from pocketsam.everything import Settings, segment_everything
+from pocketsam.files import output_errors
+from pocketsam.images import Rgb, image_id, load_rgb
+from pocketsam.labels import overlay, read_json, sa1b, save_overlay, write_coco, write_json
+from pocketsam.predictor import Predictor
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+LABELS, OVERLAYS, JOB = "labels", "overlays", "job.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do with every photo; picklable, so that it travels to workers.
+
+    Attributes:
+        out: output folder.
+        settings: how to segment.
+        source: bundle folder or model name, as for :func:`pocketsam.load`.
+        runtime, precision, threads: as for :func:`pocketsam.load`.
+        overlays: whether to draw overlay pictures.
+        embeddings: folder that keeps embeddings between runs, or None.
+    """
+
+    out: Path
+    settings: Settings
+    source: str
+    runtime: str = "auto"
+    precision: str = "fp32"
+    threads: int | None = None
+    overlays: bool = True
+    embeddings: Path | None = None
+
+    def open(self) -> Predictor:
+        from pocketsam.api import load
+
+        return load(self.source, runtime=self.runtime, precision=self.precision, threads=self.threads)
+
+    def label(self, photo: Path) -> Path:
+        """The label file of a photo; the whole file name is kept, so ``a.jpg`` and ``a.png`` do not collide."""
+        return self.out / LABELS / f"{photo.name}.json"
+
+
+@dataclass(frozen=True)
+class Done:
+    """The outcome of one photo: number of masks and seconds, or the problem in one sentence."""
+
+    photo: str
+    masks: int = 0
+    seconds: float = 0.0
+    problem: str = ""
+
+
+Report = Callable[[Done, int, int], None]
+
+
+def photos_in(path: Path) -> list[Path]:
+    """A photo, or the sorted photos of a folder.
+
+    Raises:
+        UsageError: the folder holds no JPEG, PNG, WebP or BMP image.
+        ImageError: the path does not exist.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ImageError(f"{path} does not exist; expected a photo or a folder of photos.")
+    found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not found:
+        raise UsageError(f"{path} holds no JPEG, PNG, WebP or BMP image.")
+    return found
+
+
+def prepare(job: Job, weights_sha256: str, photos: Sequence[Path]) -> list[Path]:
+    """Make the output folder, or check that it holds the same job, and return the photos still to do.
+
+    Raises:
+        OutputError: the folder cannot be written.
+        UsageError: it holds the results of other settings or of another model.
+    """
+    settings = {k: v for k, v in job.settings.to_json().items() if k != "batch"}
+    facts = {"settings": settings, "weights_sha256": weights_sha256}
+    path = job.out / JOB
+    if path.is_file():
+        if read_json(path) != facts:
+            raise UsageError(f"{job.out} holds masks made with other settings or another model; choose another folder "
+                             "or delete it.")
+    else:
+        write_json(facts, path)
+    with output_errors(job.out):
+        (job.out / LABELS).mkdir(exist_ok=True)
+    return [p for p in photos if not job.label(p).is_file()]
+
+
+def segment_photo(sam: Predictor, photo: Path, job: Job) -> Done:
+    """Segment one photo and write its files, the label last; an unreadable photo is an outcome, not an error.
+
+    Raises:
+        OutputError: the output folder is full or not writable.
+    """
+    started = time.perf_counter()
+    try:
+        rgb = load_rgb(photo)
+    except ImageError as e:
+        return Done(photo.name, problem=str(e))
+    records = segment_everything(sam, rgb, job.settings, lambda part: embed(sam, part, job.embeddings))
+    data = sa1b(records, photo.name, rgb.shape[0], rgb.shape[1], _number(photo.name))
+    if job.overlays:
+        save_overlay(overlay(rgb, data["annotations"]), job.out / OVERLAYS / f"{photo.name}.png")
+    write_json(data, job.label(photo))
+    return Done(photo.name, len(records), time.perf_counter() - started)
+
+
+def embed(sam: Predictor, rgb: Rgb, folder: Path | None) -> Embedding:
+    """Embed a photo, or read its embedding if the same weights already made it."""
+    if folder is None:
+        return sam.embed(rgb)
+    path = folder / f"{image_id(rgb)[:32]}-{sam.weights_sha256[:12]}.npz"
+    if path.is_file():
+        try:
+            return load_embedding(path, sam.spec, sam.weights_sha256)
+        except EmbeddingError:
+            # A damaged file in a cache is made again.
+            path.unlink()
+    made = sam.embed(rgb)
+    made.save(path)
+    return made
+
+
+def run(job: Job, photos: Sequence[Path], workers: int = 1, report: Report = lambda done, n, total: None,
+        sam: Predictor | None = None) -> list[Done]:
+    """Segment all photos that are not done yet.
+
+    Args:
+        workers: processes; each opens the model with ``job.threads`` threads.
+        report: called after each photo with its outcome, how many are finished, and how many there are to do.
+        sam: an open predictor for one worker.
+
+    Raises:
+        OutputError: the output folder is full or not writable; what is finished stays, and a new run goes on.
+        WorkerError: a worker process died; a new run goes on.
+    """
+    outcomes: list[Done] = []
+    # Closing the stream on an error is what cancels the photos that wait in the pool.
+    with closing(_in_processes(job, photos, workers) if workers > 1 else _here(job, photos, sam)) as stream:
+        for done in stream:
+            outcomes.append(done)
+            report(done, len(outcomes), len(photos))
+    return outcomes
+
+
+def finish(job: Job, photos: Sequence[Path], shard: int | None = None) -> list[Path]:
+    """Join the labels of all finished photos into COCO files of at most ``shard`` photos each (one when None).
+
+    Raises:
+        OutputError: the output folder is full or not writable.
+    """
+    labels = [job.label(p) for p in sorted(photos) if job.label(p).is_file()]
+    size = shard or max(1, len(labels))
+    parts = [labels[i:i + size] for i in range(0, len(labels), size)] or [[]]
+    paths = []
+    for i, part in enumerate(parts):
+        name = "coco.json" if shard is None else f"coco-{i:05d}-of-{len(parts):05d}.json"
+        write_coco(part, job.out / name)
+        paths.append(job.out / name)
+    return paths
+
+
+def _here(job: Job, photos: Sequence[Path], sam: Predictor | None) -> Generator[Done, None, None]:
+    sam = sam or job.open()
+    for photo in photos:
+        yield segment_photo(sam, photo, job)
+
+
+_worker: tuple[Predictor, Job] | None = None
+
+
+def _start(job: Job) -> None:
+    global _worker
+    _worker = job.open(), job
+
+
+def _work(photo: Path) -> Done:
+    assert _worker is not None
+    return segment_photo(_worker[0], photo, _worker[1])
+
+
+def _in_processes(job: Job, photos: Sequence[Path], workers: int) -> Generator[Done, None, None]:
+    """Spawned, not forked: engines keep threads that a fork would lose."""
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start, initargs=(job,))
+    try:
+        for future in as_completed([pool.submit(_work, p) for p in photos]):
+            yield future.result()
+    except BrokenProcessPool as e:
+        raise WorkerError("a worker process ended early (killed, or out of memory); run the same command again to go "
+                          "on, with fewer workers if memory was short.") from e
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _number(name: str) -> int:
+    """A stable image id of 32 bits from the file name, the same in every run and on every machine."""
+    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
+
+
+def check_output(out: Path) -> None:
+    """Raises OutputError if the output path is a file."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; pass a folder to -o.")

@@ -1,0 +1,140 @@
+"""Low-resolution logits to photo resolution, only where the mask is: the same values as ``geometry``, less work.
+
+A bilinear value lies between its neighbours, so outside the cells where low-resolution logits exceed a threshold
+nothing exceeds it at any resolution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pocketsam.geometry import BAND_PIXELS, Bools, Floats, Frame
+
+# Two interpolations of one cell each.
+REACH = 2
+
+
+@dataclass(frozen=True)
+class Window:
+    """A rectangle of pixels: x0, y0 inclusive, x1, y1 exclusive."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+    @property
+    def height(self) -> int:
+        return self.y1 - self.y0
+
+    @property
+    def width(self) -> int:
+        return self.x1 - self.x0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A mask at photo resolution inside a window.
+
+    Attributes:
+        mask: bool (height, width) of the window: logit above 0.
+        window: where it lies in the photo (or crop).
+        inner, outer: pixels above +offset and above -offset.
+    """
+
+    mask: Bools
+    window: Window
+    inner: int
+    outer: int
+
+    @property
+    def stability(self) -> float:
+        """IoU of the masks at the two thresholds; 0 for an empty one."""
+        return self.inner / self.outer if self.outer else 0.0
+
+
+def positive_cells(logits: Floats, threshold: float) -> Window | None:
+    """The cells of (h, w) logits above a threshold, or None."""
+    above = logits > threshold
+    rows, columns = np.flatnonzero(above.any(1)), np.flatnonzero(above.any(0))
+    if not len(rows):
+        return None
+    return Window(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+
+
+def to_image(cells: Window, frame: Frame, mask_size: int, grow: float) -> Window:
+    """The photo pixels that cells, grown by ``grow`` cells on each side, can reach."""
+    cell = frame.size / mask_size
+    sx, sy = cell * frame.width / frame.content_width, cell * frame.height / frame.content_height
+    x0 = min(max(0, math.floor((cells.x0 - grow) * sx)), frame.width - 1)
+    y0 = min(max(0, math.floor((cells.y0 - grow) * sy)), frame.height - 1)
+    x1 = min(frame.width, max(x0 + 1, math.ceil((cells.x1 + grow) * sx)))
+    y1 = min(frame.height, max(y0 + 1, math.ceil((cells.y1 + grow) * sy)))
+    return Window(x0, y0, x1, y1)
+
+
+def upscale_bands(logits: Floats, frame: Frame, window: Window) -> Iterator[tuple[int, Floats]]:
+    """The window of ``geometry.upscale_logits``, in bands of rows that bound the memory.
+
+    Args:
+        logits: float32 (4h, 4w).
+
+    Yields:
+        First row of the band inside the window, and float32 (rows, window.width) logits.
+    """
+    sy, sx = frame.content_height / frame.height, frame.content_width / frame.width
+    mx0, my0 = max(0, math.floor(window.x0 * sx) - REACH), max(0, math.floor(window.y0 * sy) - REACH)
+    mx1 = min(frame.content_width, math.ceil(window.x1 * sx) + REACH)
+    my1 = min(frame.content_height, math.ceil(window.y1 * sy) + REACH)
+    scale = logits.shape[0] / frame.size, logits.shape[1] / frame.size
+    at_model = _sample(logits, (0, 0), scale, Window(mx0, my0, mx1, my1))
+    rows = max(1, BAND_PIXELS // window.width)
+    for top in range(window.y0, window.y1, rows):
+        band = Window(window.x0, top, window.x1, min(top + rows, window.y1))
+        yield top - window.y0, _sample(at_model, (my0, mx0), (sy, sx), band)
+
+
+def shape_of(logits: Floats, frame: Frame, window: Window, offset: float) -> Shape:
+    """Threshold a window of upscaled logits and count the pixels that make the stability score."""
+    mask = np.empty((window.height, window.width), np.bool_)
+    inner = outer = 0
+    for top, band in upscale_bands(logits, frame, window):
+        np.greater(band, 0, out=mask[top:top + len(band)])
+        inner += int(np.count_nonzero(band > offset))
+        outer += int(np.count_nonzero(band > -offset))
+    return Shape(mask, window, inner, outer)
+
+
+def _sample(x: Floats, origin: tuple[int, int], scale: tuple[float, float], window: Window) -> Floats:
+    """Bilinear values at the pixels of ``window``: pixel i lies at (i + 0.5) * scale - 0.5 of the source.
+
+    Args:
+        x: a part of the source that begins at ``origin`` (row, column) and holds every neighbour needed.
+        scale: source pixels per target pixel, (rows, columns).
+    """
+    (oy, ox), (sy, sx) = origin, scale
+    if sy <= 1 and sx <= 1:
+        # For enlargement Pillow's triangle filter is this interpolation, and it runs in C.
+        h, w = x.shape
+        box = (max(0.0, window.x0 * sx - ox), max(0.0, window.y0 * sy - oy), min(float(w), window.x1 * sx - ox),
+               min(float(h), window.y1 * sy - oy))
+        image = Image.fromarray(np.ascontiguousarray(x, np.float32))
+        return np.asarray(image.resize((window.width, window.height), Image.Resampling.BILINEAR, box=box))
+    low, high, t = _neighbours(window.x0, window.x1, sx, ox, x.shape[1])
+    wide: Floats = x[:, low] * (1 - t) + x[:, high] * t
+    low, high, t = _neighbours(window.y0, window.y1, sy, oy, x.shape[0])
+    out: Floats = wide[low] * (1 - t[:, None]) + wide[high] * t[:, None]
+    return out
+
+
+def _neighbours(start: int, stop: int, scale: float, origin: int,
+                n: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
+    source = np.maximum((np.arange(start, stop) + 0.5) * scale - 0.5, 0) - origin
+    low = np.clip(source.astype(np.int64), 0, n - 1)
+    return low, np.minimum(low + 1, n - 1), (source - low).astype(np.float32)
