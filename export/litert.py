@@ -93,7 +93,7 @@ def _half_weights(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """litert-torch prints a line per pass, the quantizer draws bars, and the C++ part logs to the standard error stream."""
+    """litert-torch prints a line per pass, the quantizer draws bars, and the C++ part logs to standard error."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     level = logging.root.manager.disable
