@@ -79,7 +79,7 @@ def merged(mixer: RepMixer) -> nn.Conv2d:
 
 
 def merge_laterals(encoder: nn.Module) -> None:
-    """Reason: SAM 2's skip features pass two 1x1 convolutions with nothing between; one of them has 8 times less work."""
+    """Reason: SAM 2's skip features pass two 1x1 convolutions with nothing between: one is 8 times less work."""
     if not isinstance(encoder, PyramidEncoder):
         return
     for skip, lateral in (("conv_s0", 3), ("conv_s1", 2)):

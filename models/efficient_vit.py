@@ -215,7 +215,7 @@ class EfficientVit(nn.Module):
     @property
     def stem(self) -> nn.Module:
         """The first layer, which sees the normalised image."""
-        return self.backbone["stages"][0].op_list[0].conv  # type: ignore[index, no-any-return, union-attr]  # ModuleDict
+        return self.backbone["stages"][0].op_list[0].conv  # type: ignore[index, no-any-return]  # ModuleDict
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, S, S) normalised -> ``image_embeddings`` (B, 256, 64, 64)."""

@@ -1,4 +1,4 @@
-"""Hiera trunk of SAM 2.1 (official ``hieradet.py``; Ryali et al. 2023): window attention with pooling between stages."""
+"""Hiera trunk of SAM 2.1 (official ``hieradet.py``; Ryali et al. 2023): window attention, pooling between stages."""
 
 from __future__ import annotations
 

@@ -84,12 +84,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if not torch.compiler.is_exporting():
         return F.scaled_dot_product_attention(q, k, v)
-    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
+    logits: Tensor = (q * float(q.shape[-1]) ** -0.5) @ k.transpose(-1, -2)
+    return logits.softmax(-1) @ v
 
 
 def cubic_matrix(source: int, target: int) -> Tensor:
     """(target, source) weights of torch's bicubic resizing along one axis (half-pixel centres, edges repeated)."""
-    eye = torch.eye(source, dtype=torch.float64)[None, None]
+    eye = torch.eye(source, dtype=torch.float64, device="cpu")[None, None]
     return F.interpolate(eye, size=(target, source), mode="bicubic", align_corners=False)[0, 0].float()
 
 

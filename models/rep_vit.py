@@ -47,7 +47,7 @@ class RepMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.conv(x) + self.conv1(x) + x
-        return y if self.bn is None else self.bn(y)  # type: ignore[no-any-return]  # nn.Module calls are untyped
+        return y if self.bn is None else self.bn(y)
 
 
 class ChannelMixer(nn.Module):

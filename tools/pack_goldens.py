@@ -4,8 +4,9 @@
 
 SOURCE_FOLDER holds ``<model>.json`` and ``<model>.npz``. Kept: the state_dict manifest, sampled tensors, predicted
 IoU and the binary masks. Dropped: float16 copies that are only for looking at, outputs of inner modules, and what
-follows from kept tensors: the mask prompt is token 0 of prompt a, SAM 2's dynamic mask is one of the three. Logits are kept at every fourth sample of each axis, features and dense encodings on a coarse
-grid of at most 8 x 8 points and at every second channel.
+follows from kept tensors: the mask prompt is token 0 of prompt a, SAM 2's dynamic mask is one of the three. Logits are
+kept at every fourth sample of each axis, features and dense encodings on a grid of 8 x 8 points and at every second
+channel.
 """
 
 from __future__ import annotations

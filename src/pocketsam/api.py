@@ -27,7 +27,7 @@ def load(source: str | Path = BUILTIN_MODEL, *, runtime: str = "auto", checkpoin
         checkpoint: official checkpoint file, for ``runtime="pytorch"``; lite0's ships with the package.
         precision: ``fp32``, ``fp16``, or ``auto`` to let the measurement choose that too.
         threads: CPU threads; the engine's default when None.
-        image_size: input side for a model with ``checkpoint``, instead of its own; a bundle has the one it was made for.
+        image_size: input side for a model with ``checkpoint``, instead of its own; a bundle keeps its own.
 
     Raises:
         PocketSamError: one of its children, naming what to do.

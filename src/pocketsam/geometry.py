@@ -223,7 +223,7 @@ def _taps(n: int, full: int) -> tuple[NDArray[np.int64], Floats]:
 def _cubic_columns(x: Floats, full: int) -> Floats:
     """Cubic interpolation along each row to ``full`` columns."""
     index, weight = _taps(x.shape[1], full)
-    out: Floats = sum((x[:, i] * w for i, w in zip(index, weight, strict=True)), np.float32(0))  # type: ignore[assignment]  # sum of arrays
+    out: Floats = np.einsum("hkw,kw->hw", x[:, index], weight)
     return out
 
 

@@ -143,8 +143,9 @@ class Predictor:
 
     def _embed_rgb(self, rgb: Rgb) -> Embedding:
         frame = Frame.of(rgb.shape[0], rgb.shape[1], self.spec)
-        prepare = to_exact_image if self.exact else to_model_image
-        features = self.runtime.encode(prepare(rgb, frame, self.spec), frame)
+        # Only a runtime that says ``takes_floats`` is given anything but uint8.
+        image: Any = to_exact_image(rgb, frame, self.spec) if self.exact else to_model_image(rgb, frame, self.spec)
+        features = self.runtime.encode(image, frame)
         return Embedding(features, frame, self.spec.name, self.weights_sha256, image_id(rgb))
 
     @property
