@@ -32,11 +32,8 @@ PROMPTS = {
 }
 GOLDEN_NAMES = dict(zip("abcde", PROMPTS, strict=True))
 # fp32 everywhere; fp16 on the toy model, until the fp16 twins of the large ones are measured and gated one by one.
-# The small models have every mechanism of their families; the official sizes follow where their time allows.
-TOYS = ("toy_sam", "toy_edge", "toy_hq", "toy_sam2", "toy_efficient_sam")
-MODELS = {"toy_sam": ("fp32", "fp16"), **dict.fromkeys(TOYS[1:], ("fp32",)), "mobile_sam": ("fp32",),
-          "sam_vit_b": ("fp32",)}
-SLOW = set(MODELS) - set(TOYS)
+MODELS = {"toy_sam": ("fp32", "fp16"), "mobile_sam": ("fp32",), "sam_vit_b": ("fp32",)}
+SLOW = set(MODELS) - {"toy_sam"}
 MATRIX = [
     pytest.param(m, r, p, id=f"{m}-{r}-{p}", marks=[pytest.mark.slow] if m in SLOW else [])
     for m, precisions in MODELS.items() for r, _, p in BACKENDS if p in precisions
