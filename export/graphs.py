@@ -42,7 +42,7 @@ class EncoderGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """Features and fixed prompt slots -> ``low_res_masks`` (B, 4, 4h, 4w), ``iou_predictions`` (B, 4)."""
+    """Features and fixed prompt slots -> the outputs of ``ModelSpec.decoder_graph``, in its order."""
 
     def __init__(self, model: SegmentAnything, slots: int = DEFAULT_SLOTS) -> None:
         super().__init__()
@@ -50,10 +50,11 @@ class DecoderGraph(nn.Module):
         self.spec = model.spec.decoder_graph(slots)
         self.names = [t.name for t in model.spec.feature_specs()]
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         n = len(self.names)
         features = dict(zip(self.names, inputs[:n], strict=True))
-        coords, labels, mask_input, has_mask_input = inputs[n:]
+        coords, labels, *mask = inputs[n:]
+        mask_input, has_mask_input = mask or (None, None)
         return self.model.decode(features, coords, labels, mask_input, has_mask_input, fixed_slots=True)
 
 

@@ -22,6 +22,7 @@ from pocketsam.export import rewrites
 from pocketsam.export.graphs import DecoderGraph, EncoderGraph
 from pocketsam.files import sha256_file, sha256_path, size_of, staged_folder
 from pocketsam.images import ImageLike, Rgb, load_rgb
+from pocketsam.models.catalog import spec as spec_of
 from pocketsam.models.checkpoints import licence_of
 from pocketsam.models.loading import load_model, weights_sha256
 from pocketsam.parity import GATES, compare
@@ -35,7 +36,7 @@ PARITY_IMAGES = 3
 
 def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], precisions: Sequence[str], out: Path,
                   slots: int = DEFAULT_SLOTS, gate: float | None = None, images: Sequence[ImageLike] | None = None,
-                  report: Report = lambda text: None) -> Bundle:
+                  image_size: int | None = None, report: Report = lambda text: None) -> Bundle:
     """Export a model and prove every artifact against the PyTorch reference.
 
     Args:
@@ -45,6 +46,8 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
         out: the bundle folder; an existing bundle is extended, unchanged artifacts are kept as they are.
         slots: fixed prompt slots of the decoder.
         gate: least mean mask agreement; by default 0.999 for fp32.
+        image_size: input side instead of the model's own; positional tables are resized once, and the agreement of
+            PyTorch at this side with PyTorch at the native one is stored in ``weights["native_agreement"]``.
         images: images to measure on; by default photos that ship with the package.
         report: called with one line per step.
 
@@ -57,13 +60,19 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
     old = _existing(out)
     rgbs = [load_rgb(i) for i in images] if images else [load_rgb(p) for p in photo_paths()[:PARITY_IMAGES]]
     report(f"loading {checkpoint}")
-    loaded = load_model(model, checkpoint)
+    image_size = None if image_size == spec_of(model).image_size else image_size
+    loaded = load_model(model, checkpoint, image_size)
     sha256 = weights_sha256(loaded)
-    weights = {"sha256": sha256, "file": checkpoint.name, "file_sha256": sha256_file(checkpoint),
-               "licence": licence_of(model)}
+    weights: dict[str, Any] = {"sha256": sha256, "file": checkpoint.name, "file_sha256": sha256_file(checkpoint),
+                               "licence": licence_of(model)}
+    report(f"weights licence of {model}: {weights['licence']}")
+    if image_size is not None:
+        report(f"comparing PyTorch at {image_size} with PyTorch at the native side")
+        weights["native_agreement"] = native_agreement(model, checkpoint, image_size, rgbs)
     spec = loaded.spec
     rewrites.prepare(loaded)
-    kept = [] if old is None or old.weights_sha256 != sha256 or old.slots != slots else list(old.artifacts)
+    same = old is not None and (old.weights_sha256, old.slots, old.spec) == (sha256, slots, spec)
+    kept = list(old.artifacts) if old is not None and same else []
     tools = {"pocketsam": pocketsam.__version__, "python": platform.python_version()}
     with staged_folder(out) as staging:
         rows: list[Artifact] = []
@@ -79,7 +88,7 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
         del loaded
         gc.collect()
         bundle = Bundle(staging, spec, slots, weights, tools, tuple(rows))
-        bundle = _prove(bundle, model, checkpoint, exporters, precisions, gate, rgbs, report)
+        bundle = _prove(bundle, checkpoint, image_size, exporters, precisions, gate, rgbs, report)
         (staging / MANIFEST).write_text(to_json(bundle), encoding="utf-8")
     report(f"wrote {out}")
     return replace(bundle, root=out)
@@ -156,10 +165,18 @@ def _carry_over(kept: list[Artifact], rows: list[Artifact], old: Bundle | None, 
     return [] if old is None else [a for a in kept if a.path not in made and _copy(old, a, staging / a.path)]
 
 
-def _prove(bundle: Bundle, model: str, checkpoint: Path, exporters: Sequence[Any], precisions: Sequence[str],
-           gate: float | None, images: list[Rgb], report: Report) -> Bundle:
+def native_agreement(model: str, checkpoint: Path, image_size: int, images: list[Rgb]) -> dict[str, Any]:
+    """Masks of PyTorch at another input side against PyTorch at the native one, for the same prompts."""
+    open_reference = registry.load("runtime", "pytorch").from_checkpoint
+    native, other = (Predictor(open_reference(model, checkpoint, image_size=s)) for s in (None, image_size))
+    return {"image_size": native.spec.image_size, **compare(native, other, images, tensors=False).summary()}
+
+
+def _prove(bundle: Bundle, checkpoint: Path, image_size: int | None, exporters: Sequence[Any],
+           precisions: Sequence[str], gate: float | None, images: list[Rgb], report: Report) -> Bundle:
     """Measure each new pair of graphs against a fresh, unmodified PyTorch model."""
-    reference = Predictor(registry.load("runtime", "pytorch").from_checkpoint(model, checkpoint))
+    open_reference = registry.load("runtime", "pytorch").from_checkpoint
+    reference = Predictor(open_reference(bundle.spec.name, checkpoint, image_size=image_size))
     rows = list(bundle.artifacts)
     for exporter in exporters:
         for precision in precisions:

@@ -11,9 +11,16 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pocketsam.models.efficient_vit import ConvLayer
+from pocketsam.models.fpn import PyramidEncoder
+from pocketsam.models.hiera import Hiera
 from pocketsam.models.layers import LayerNorm2d
 from pocketsam.models.mask_decoder import Attention, MaskDecoder, TwoWayBlock
+from pocketsam.models.plain_vit import PlainVit
+from pocketsam.models.rep_vit import RepMixer
 from pocketsam.models.sam import SegmentAnything
+from pocketsam.models.sam_vit import Attention as GlobalAttention
+from pocketsam.models.sam_vit import SamVit
 from pocketsam.models.tiny_vit import Attention as WindowAttention
 from pocketsam.models.tiny_vit import ConvBn
 
@@ -21,8 +28,10 @@ from pocketsam.models.tiny_vit import ConvBn
 @torch.no_grad()
 def prepare(model: SegmentAnything) -> SegmentAnything:
     """Apply every rewrite that helps all formats."""
+    merge_branches(model)
     fuse_conv_bn(model)
-    freeze_window_bias(model)
+    freeze_tables(model)
+    merge_laterals(model.image_encoder)
     fold_std(model)
     matmul_upscale(model.mask_decoder)
     return model.requires_grad_(False)
@@ -40,14 +49,56 @@ def fuse_conv_bn(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, ConvBn):
             conv, bn = child.children()
-            setattr(module, name, _fused(conv, bn))
+            setattr(module, name, fused(conv, bn))
+        elif isinstance(child, ConvLayer):
+            if child.norm is not None:
+                child.conv, child.norm = fused(child.conv, child.norm), None
         else:
             fuse_conv_bn(child)
 
 
-def _fused(conv: nn.Module, bn: nn.Module) -> nn.Conv2d:
+def merge_branches(module: nn.Module) -> None:
+    """Reason: a depthwise 3x3, a depthwise 1x1, the identity and their norms are one 3x3 (RepViT's own form to run)."""
+    for name, child in module.named_children():
+        if isinstance(child, RepMixer):
+            setattr(module, name, merged(child))
+        else:
+            merge_branches(child)
+
+
+def merged(mixer: RepMixer) -> nn.Conv2d:
+    """The single convolution that equals a :class:`RepMixer`."""
+    out = fused(*mixer.conv.children())
+    one = fused(*mixer.conv1.children()) if isinstance(mixer.conv1, ConvBn) else mixer.conv1
+    assert isinstance(one, nn.Conv2d)
+    assert out.bias is not None
+    assert one.bias is not None
+    out.weight[:, :, 1, 1] += one.weight[:, :, 0, 0] + 1
+    out.bias += one.bias
+    return out if mixer.bn is None else fused(out, mixer.bn)
+
+
+def merge_laterals(encoder: nn.Module) -> None:
+    """Reason: SAM 2's skip features pass two 1x1 convolutions with nothing between: one is 8 times less work."""
+    if not isinstance(encoder, PyramidEncoder):
+        return
+    for skip, lateral in (("conv_s0", 3), ("conv_s1", 2)):
+        first, second = encoder.laterals[lateral], getattr(encoder, skip)
+        assert isinstance(first, nn.Conv2d)
+        assert first.bias is not None
+        one = nn.Conv2d(first.in_channels, second.out_channels, 1)
+        assert one.bias is not None
+        a, b = second.weight[:, :, 0, 0].double(), first.weight[:, :, 0, 0].double()
+        one.weight.copy_((a @ b)[:, :, None, None])
+        one.bias.copy_(a @ first.bias.double() + second.bias.double())
+        encoder.laterals[lateral] = nn.Identity()
+        setattr(encoder, skip, one)
+
+
+def fused(conv: nn.Module, bn: nn.Module) -> nn.Conv2d:
+    """A convolution, with or without bias, and the BatchNorm behind it as one convolution."""
     if not isinstance(conv, nn.Conv2d) or not isinstance(bn, nn.BatchNorm2d):
-        raise TypeError("ConvBn must hold a Conv2d and a BatchNorm2d")
+        raise TypeError("only a Conv2d followed by a BatchNorm2d can be fused")
     if bn.running_mean is None or bn.running_var is None:
         raise TypeError("BatchNorm without statistics cannot be folded")
     scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
@@ -55,15 +106,20 @@ def _fused(conv: nn.Module, bn: nn.Module) -> nn.Conv2d:
                     (conv.stride[0], conv.stride[1]), (int(conv.padding[0]), int(conv.padding[1])), groups=conv.groups)
     out.weight.copy_(conv.weight.double() * scale[:, None, None, None])
     assert out.bias is not None
-    out.bias.copy_(bn.bias.double() - bn.running_mean.double() * scale)
+    shift = bn.running_mean.double() if conv.bias is None else bn.running_mean.double() - conv.bias.double()
+    out.bias.copy_(bn.bias.double() - shift * scale)
     return out.eval()
 
 
-def freeze_window_bias(module: nn.Module) -> None:
-    """Reason: the gather of TinyViT's bias table is constant, yet exporters leave it in the graph as GatherND."""
+def freeze_tables(module: nn.Module) -> None:
+    """Reason: TinyViT's bias gather and resized positional tables are constant, yet exporters keep their operators."""
     for child in module.modules():
         if isinstance(child, WindowAttention):
             child.frozen_bias = child.bias().detach().clone()
+        elif isinstance(child, (Hiera, PlainVit, SamVit)):
+            child.frozen_positions = child.positions().detach().clone().contiguous()
+        elif isinstance(child, GlobalAttention):
+            child.freeze()
 
 
 def fold_std(model: SegmentAnything) -> None:
@@ -95,8 +151,9 @@ def absorb_projections(decoder: MaskDecoder) -> None:
 
 
 def matmul_upscale(decoder: MaskDecoder) -> None:
-    """Reason: see :class:`MatmulUpscale`."""
-    decoder.fast_upscale = MatmulUpscale(decoder)
+    """Reason: see :class:`MatmulUpscale`. SAM-HQ's fine features are convolved, so they need spatial order."""
+    if not decoder.style.hq:
+        decoder.fast_upscale = MatmulUpscale(decoder)
 
 
 def _by_head(linear: nn.Linear, heads: int) -> Tensor:
@@ -192,9 +249,16 @@ class MatmulUpscale(nn.Module):
         # Tiled, so that product and bias stay one Gemm.
         self.register_buffer("b1", up1.bias.detach().repeat(4))
         self.register_buffer("b2", up2.bias.detach().repeat(4))
-        assert isinstance(norm, LayerNorm2d)
+        assert isinstance(norm, (LayerNorm2d, nn.GroupNorm))
         self.norm = norm
         self.act1, self.act2 = act1, act2
+
+    def normed(self, x: Tensor) -> Tensor:
+        """(B, N, C): layer norm over channels, or EfficientSAM's over everything."""
+        norm = self.norm
+        if isinstance(norm, nn.GroupNorm):
+            return nn.functional.layer_norm(x, x.shape[1:], None, None, norm.eps) * norm.weight + norm.bias
+        return nn.functional.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
 
     @staticmethod
     def _as_matrix(conv: nn.ConvTranspose2d) -> Tensor:
@@ -209,7 +273,7 @@ class MatmulUpscale(nn.Module):
         x = (keys @ self.w1 + self.b1).reshape(b, n * 4, c1)
         if high_res:
             x = x + blocked(high_res[1], h, w, 1)
-        x = self.act1(nn.functional.layer_norm(x, (c1,), self.norm.weight, self.norm.bias, self.norm.eps))
+        x = self.act1(self.normed(x))
         x = (x @ self.w2 + self.b2).reshape(b, n * 16, c2)
         if high_res:
             x = x + blocked(high_res[0], h, w, 2)

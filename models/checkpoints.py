@@ -27,6 +27,13 @@ class Checkpoint:
 
 
 _META = "https://dl.fbaipublicfiles.com/segment_anything/"
+_META2 = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
+_EDGE = "https://huggingface.co/spaces/chongzhou/EdgeSAM/resolve/main/weights/"
+_EVIT = "https://huggingface.co/mit-han-lab/efficientvit-sam/resolve/main/"
+_ETAM = "https://huggingface.co/yunyangx/efficient-track-anything/resolve/main/"
+_ESAM = "https://github.com/yformer/EfficientSAM/raw/main/weights/"
+APACHE = "Apache-2.0"
+NON_COMMERCIAL = "S-Lab License 1.0, NON-COMMERCIAL use only"
 
 CHECKPOINTS = (
     Checkpoint("lite0", "lite0.safetensors", "ships with pocketsam", None,
@@ -41,10 +48,31 @@ CHECKPOINTS = (
                "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f", "Apache-2.0", 40_728_226),
     Checkpoint("mobile_sam", "tinysam.pth", "https://huggingface.co/xinghaochen/tinysam/resolve/main/tinysam.pth",
                "4b8edcf93af46e2a658ae455574de62873778a5cc3fd8e8adf094dcdfa957cf2", "Apache-2.0", None),
+    Checkpoint("edge_sam", "edge_sam.pth", _EDGE + "edge_sam.pth", None, NON_COMMERCIAL, None),
+    Checkpoint("edge_sam", "edge_sam_3x.pth", _EDGE + "edge_sam_3x.pth", None, NON_COMMERCIAL, None),
+    Checkpoint("repvit_sam", "repvit_sam.pt", "https://github.com/THU-MIG/RepViT/releases/download/v1.0/repvit_sam.pt",
+               None, APACHE, None),
+    Checkpoint("sam_hq_vit_b", "sam_hq_vit_b.pth", "https://huggingface.co/lkeab/hq-sam/resolve/main/sam_hq_vit_b.pth",
+               None, APACHE, None),
+    Checkpoint("sam_hq_vit_tiny", "sam_hq_vit_tiny.pth",
+               "https://huggingface.co/lkeab/hq-sam/resolve/main/sam_hq_vit_tiny.pth", None, APACHE, None),
+    Checkpoint("efficient_sam_ti", "efficient_sam_vitt.pt", _ESAM + "efficient_sam_vitt.pt", None, APACHE, None),
+    Checkpoint("efficient_sam_s", "efficient_sam_vits.pt", _ESAM + "efficient_sam_vits.pt.zip", None, APACHE, None),
+    *(Checkpoint(f"efficientvit_sam_{n}", f"efficientvit_sam_{n}.pt", f"{_EVIT}efficientvit_sam_{n}.pt", None, APACHE,
+                 None) for n in ("l0", "l1", "l2", "xl0", "xl1")),
+    *(Checkpoint(f"sam2.1_{n}", f"sam2.1_hiera_{n}.pt", f"{_META2}sam2.1_hiera_{n}.pt", None, APACHE, None)
+      for n in ("tiny", "small", "base_plus", "large")),
+    Checkpoint("edgetam", "edgetam.pt", "https://github.com/facebookresearch/EdgeTAM/raw/main/checkpoints/edgetam.pt",
+               None, APACHE, None),
+    *(Checkpoint(f"efficienttam_{n}", f"efficienttam_{n}.pt", f"{_ETAM}efficienttam_{n}.pt", None, APACHE, None)
+      for n in ("ti", "s")),
 )
 
 _VIT = "image_encoder.pos_embed"
 _HQ = "mask_decoder.compress_vit_feat.0.weight"
+_EVIT_XL = "image_encoder.neck.input_ops.0.op_list.0.conv.weight"
+_EVIT_NECK = "image_encoder.neck.middle.op_list"
+_FUSED = "main.spatial_conv.conv.weight"
 _HIERA = "image_encoder.trunk.pos_embed"
 
 # Keys with shapes that tell the families apart; more specific entries first (an HQ model also looks like plain SAM).
@@ -58,7 +86,12 @@ FINGERPRINTS: dict[str, dict[str, tuple[int, ...]]] = {
     "mobile_sam": {"image_encoder.head.bias": (1000,), "image_encoder.neck.0.weight": (256, 320, 1, 1)},
     "edge_sam": {"image_encoder.neck.0.weight": (256, 256, 1, 1)},
     "repvit_sam": {"image_encoder.neck.0.weight": (256, 640, 1, 1)},
-    "efficientvit_sam": {"image_encoder.norm.bias": (256,)},
+    # Depths differ, so a key of the last block tells the sizes apart: the deepest first.
+    "efficientvit_sam_xl1": {_EVIT_XL: (256, 1024, 1, 1), f"{_EVIT_NECK}.11.{_FUSED}": (1024, 256, 3, 3)},
+    "efficientvit_sam_xl0": {_EVIT_XL: (256, 1024, 1, 1), f"{_EVIT_NECK}.5.{_FUSED}": (1024, 256, 3, 3)},
+    "efficientvit_sam_l2": {f"{_EVIT_NECK}.11.{_FUSED}": (256, 256, 3, 3)},
+    "efficientvit_sam_l1": {f"{_EVIT_NECK}.7.{_FUSED}": (256, 256, 3, 3)},
+    "efficientvit_sam_l0": {f"{_EVIT_NECK}.3.{_FUSED}": (256, 256, 3, 3)},
     "efficient_sam_ti": {_VIT: (1, 197, 192)},
     "efficient_sam_s": {_VIT: (1, 197, 384)},
     "efficienttam_ti": {_HIERA: (1, 197, 192)},

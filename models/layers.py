@@ -74,3 +74,45 @@ def merge_windows(x: Tensor, window: int, height: int, width: int) -> Tensor:
     x = x.reshape(-1, cols, window, window * c).transpose(1, 2)
     x = x.reshape(-1, rows * window, cols * window, c)
     return x[:, :height, :width] if rows * window > height or cols * window > width else x
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention over (B, heads, N, d) tensors, scaled by d ** -0.5.
+
+    Eager PyTorch takes the fused kernel, as the official code does; graphs get the explicit form, which every
+    converter knows.
+    """
+    if not torch.compiler.is_exporting():
+        return F.scaled_dot_product_attention(q, k, v)
+    logits: Tensor = (q * float(q.shape[-1]) ** -0.5) @ k.transpose(-1, -2)
+    return logits.softmax(-1) @ v
+
+
+def cubic_matrix(source: int, target: int) -> Tensor:
+    """(target, source) weights of torch's bicubic resizing along one axis (half-pixel centres, edges repeated)."""
+    eye = torch.eye(source, dtype=torch.float64, device="cpu")[None, None]
+    return F.interpolate(eye, size=(target, source), mode="bicubic", align_corners=False)[0, 0].float()
+
+
+class CubicResize(nn.Module):
+    """Bicubic resizing of square maps between fixed sides, as two matrix products.
+
+    No format but ONNX and Core ML has a bicubic operator; products of 64 x 32 entries cost nothing and are exact.
+    """
+
+    matrix: Tensor
+
+    def __init__(self, source: int, target: int) -> None:
+        super().__init__()
+        self.register_buffer("matrix", cubic_matrix(source, target), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, source, source) -> (B, C, target, target)."""
+        return self.matrix @ x @ self.matrix.transpose(0, 1)
+
+
+def cubic_table(table: Tensor, side: int) -> Tensor:
+    """Positional table (1, C, s, s) resized bicubically to (1, C, side, side), as the official encoders do."""
+    if table.shape[-1] == side:
+        return table
+    return F.interpolate(table, size=(side, side), mode="bicubic", align_corners=False)

@@ -160,9 +160,10 @@ def double(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-def lite0() -> SegmentAnything:
-    """The built-in model, untrained."""
-    encoder = LiteEncoder(SPEC.embed_dim, SKIP_CHANNELS)
-    prompt_encoder = PromptEncoder(SPEC.embed_dim, SPEC.embed_size, SPEC.image_size, act=nn.ReLU)
-    decoder = MaskDecoder(SPEC.embed_dim, DECODER_MLP, SKIP_CHANNELS, nn.ReLU)
-    return SegmentAnything(SPEC, encoder, prompt_encoder, decoder).eval()
+def lite0(image_size: int | None = None) -> SegmentAnything:
+    """The built-in model, untrained, for its native input side or another."""
+    spec = SPEC if image_size is None else SPEC.resized(image_size)
+    encoder = LiteEncoder(spec.embed_dim, SKIP_CHANNELS)
+    prompt_encoder = PromptEncoder(spec.embed_dim, spec.embed_size, spec.image_size, act=nn.ReLU)
+    decoder = MaskDecoder(spec.embed_dim, DECODER_MLP, SKIP_CHANNELS, nn.ReLU)
+    return SegmentAnything(spec, encoder, prompt_encoder, decoder).eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from pocketsam import registry
 from pocketsam.errors import CheckpointError
+from pocketsam.models.catalog import spec as spec_of
 from pocketsam.models.checkpoints import FINGERPRINTS
+from pocketsam.models.keys import rename
 from pocketsam.models.sam import SegmentAnything
 
 StateDict = dict[str, Tensor]
@@ -21,20 +24,21 @@ WRAPPERS = ("state_dict", "model", "model_state_dict", "ema", "module")
 COUNTERS = ".num_batches_tracked"
 
 
-def load_model(name: str, checkpoint: Path) -> SegmentAnything:
-    """Build a model and fill it strictly from a checkpoint file.
+def load_model(name: str, checkpoint: Path, image_size: int | None = None) -> SegmentAnything:
+    """Build a model, for its native input side or another, and fill it strictly from a checkpoint file.
 
     Raises:
         CheckpointError: unreadable, unsafe, or keys and shapes of another model.
     """
-    build = registry.load("model", name)
-    state = read_state_dict(checkpoint)
+    build = partial(registry.load("model", name), **({} if image_size is None else {"image_size": image_size}))
+    official = read_state_dict(checkpoint)
+    state = translate(spec_of(name).family, official)
     with torch.device("meta"):
         expected = {k: v.shape for k, v in build().state_dict().items()}
-    _check_keys(name, checkpoint, state, expected)
+    _check_keys(name, checkpoint, state, expected, official)
     model: SegmentAnything = build()
     model.load_state_dict(state, strict=False, assign=False)
-    del state
+    del state, official
     _check_finite(model, checkpoint)
     return model.eval().requires_grad_(False)
 
@@ -65,6 +69,12 @@ def read_state_dict(path: Path) -> StateDict:
     return _unwrap(data, path)
 
 
+def translate(family: str, official: StateDict) -> StateDict:
+    """Our names for an official state dict; what image mode never reads is left out (``models/keys.py``)."""
+    named = ((rename(family, key), tensor) for key, tensor in official.items())
+    return {key: tensor for key, tensor in named if key is not None}
+
+
 def weights_sha256(model: torch.nn.Module) -> str:
     """Identity of a model's weights: sha256 over sorted keys and tensor bytes, without BatchNorm step counters."""
     digest = hashlib.sha256()
@@ -83,6 +93,20 @@ def identify(keys: dict[str, tuple[int, ...]]) -> str | None:
     return None
 
 
+def recognise(checkpoint: Path) -> str:
+    """The registry name of the architecture that a checkpoint file holds, from its keys and shapes.
+
+    Raises:
+        CheckpointError: unreadable, or of no architecture that is known here.
+    """
+    state = read_state_dict(checkpoint)
+    name = identify({k: tuple(v.shape) for k, v in state.items()})
+    if name is None or name not in registry.MODELS:
+        raise CheckpointError(f"checkpoint {checkpoint} holds no model that PocketSAM knows ({len(state)} tensors, "
+                              f"{_some(list(state))}); name the model if it is one of those in `pocketsam models`.")
+    return name
+
+
 def _unwrap(data: Any, path: Path) -> StateDict:
     while isinstance(data, dict) and not any(isinstance(v, Tensor) for v in data.values()):
         inner = next((data[k] for k in WRAPPERS if isinstance(data.get(k), dict)), None)
@@ -98,7 +122,8 @@ def _unwrap(data: Any, path: Path) -> StateDict:
     return tensors
 
 
-def _check_keys(name: str, path: Path, state: StateDict, expected: dict[str, torch.Size]) -> None:
+def _check_keys(name: str, path: Path, state: StateDict, expected: dict[str, torch.Size],
+                official: StateDict) -> None:
     missing = [k for k in expected if k not in state and not k.endswith(COUNTERS)]
     unexpected = [k for k in state if k not in expected]
     reshaped = [k for k in expected if k in state and state[k].shape != expected[k]]
@@ -106,7 +131,7 @@ def _check_keys(name: str, path: Path, state: StateDict, expected: dict[str, tor
         return
     kinds = ((missing, "missing"), (unexpected, "unexpected"), (reshaped, "differently shaped"))
     parts = [f"{len(keys)} {kind} keys ({_some(keys)})" for keys, kind in kinds if keys]
-    looks = identify({k: tuple(v.shape) for k, v in state.items()})
+    looks = identify({k: tuple(v.shape) for k, v in official.items()})
     hint = f"it looks like {looks}" if looks else "it looks like no model that PocketSAM knows"
     raise CheckpointError(f"checkpoint {path} is not {name}: {', '.join(parts)}; {hint}.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,32 @@ from pocketsam.models.layers import LayerNorm2d, MlpBlock
 
 # Finite, so that it survives fp16; exp(-3e4) is exactly zero in every float format.
 MASKED = -3e4
+
+
+@dataclass(frozen=True)
+class Style:
+    """Where the decoders of the families differ; the defaults are SAM's.
+
+    Attributes:
+        norm_eps: of the transformer's layer norms (EfficientViT-SAM: 1e-6).
+        mlp_act: activation inside the token MLPs (EfficientSAM: GELU).
+        residual_pe: token encodings stay in the residual and the values of self-attention (EfficientSAM).
+        group_norm: one norm over the whole upscaled map instead of one a pixel (EfficientSAM).
+        object_score: a token and a head that say whether there is an object (SAM 2).
+        iou_sigmoid: predicted IoU goes through a sigmoid (SAM 2).
+        hq: an HQ token whose mask, made with early image features, is added to every mask (SAM-HQ).
+    """
+
+    norm_eps: float = 1e-5
+    mlp_act: type[nn.Module] = nn.ReLU
+    residual_pe: bool = False
+    group_norm: bool = False
+    object_score: bool = False
+    iou_sigmoid: bool = False
+    hq: bool = False
+
+
+SAM_STYLE = Style()
 
 
 class Attention(nn.Module):
@@ -46,21 +73,25 @@ class Attention(nn.Module):
 class TwoWayBlock(nn.Module):
     """Token self-attention, tokens to image, MLP, image to tokens."""
 
-    def __init__(self, dim: int, heads: int, mlp_dim: int, first: bool) -> None:
+    def __init__(self, dim: int, heads: int, mlp_dim: int, first: bool, style: Style = SAM_STYLE) -> None:
         super().__init__()
         self.self_attn = Attention(dim, heads)
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim, eps=style.norm_eps)
         self.cross_attn_token_to_image = Attention(dim, heads, 2)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = MlpBlock(dim, mlp_dim, nn.ReLU())
-        self.norm3 = nn.LayerNorm(dim)
-        self.norm4 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=style.norm_eps)
+        self.mlp = MlpBlock(dim, mlp_dim, style.mlp_act())
+        self.norm3 = nn.LayerNorm(dim, eps=style.norm_eps)
+        self.norm4 = nn.LayerNorm(dim, eps=style.norm_eps)
         self.cross_attn_image_to_token = Attention(dim, heads, 2)
         self.first = first
+        self.residual_pe = style.residual_pe
 
     def forward(self, tokens: Tensor, image: Tensor, token_pe: Tensor, image_pe: Tensor,
                 bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self.first:
+        if self.residual_pe:
+            tokens = tokens if self.first else tokens + token_pe
+            tokens = tokens + self.self_attn(tokens, tokens, tokens, bias)
+        elif self.first:
             tokens = self.self_attn(tokens, tokens, tokens, bias)
         else:
             q = tokens + token_pe
@@ -76,11 +107,11 @@ class TwoWayBlock(nn.Module):
 class TwoWayTransformer(nn.Module):
     """``depth`` two-way blocks and a last attention from tokens to the image."""
 
-    def __init__(self, dim: int, depth: int = 2, heads: int = 8, mlp_dim: int = 2048) -> None:
+    def __init__(self, dim: int, depth: int = 2, heads: int = 8, mlp_dim: int = 2048, style: Style = SAM_STYLE) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(TwoWayBlock(dim, heads, mlp_dim, first=i == 0) for i in range(depth))
+        self.layers = nn.ModuleList(TwoWayBlock(dim, heads, mlp_dim, i == 0, style) for i in range(depth))
         self.final_attn_token_to_image = Attention(dim, heads, 2)
-        self.norm_final_attn = nn.LayerNorm(dim)
+        self.norm_final_attn = nn.LayerNorm(dim, eps=style.norm_eps)
 
     def forward(self, image: Tensor, image_pe: Tensor, tokens: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Image (B, HW, C), its encoding (1, HW, C), tokens (B, T, C), bias (B, 1, 1, T) -> tokens, image."""
@@ -92,16 +123,17 @@ class TwoWayTransformer(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear layers with ReLU between (official ``MLP``)."""
+    """Linear layers with an activation between (official ``MLP``)."""
 
-    def __init__(self, dim: int, hidden: int, out: int, depth: int = 3) -> None:
+    def __init__(self, dim: int, hidden: int, out: int, depth: int = 3, act: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
+        self.act = act()
         widths = [dim, *[hidden] * (depth - 1), out]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
+            x = self.act(layer(x))
         y: Tensor = self.layers[-1](x)
         return y
 
@@ -114,24 +146,36 @@ class MaskDecoder(nn.Module):
         mlp_dim: hidden width of the token MLPs.
         high_res_channels: (C0, C1) of skip features added while upscaling (SAM 2 style); empty for none.
         act: activation class of the upscaling path.
+        style: where the family's decoder differs from SAM's.
     """
 
     def __init__(self, dim: int = 256, mlp_dim: int = 2048, high_res_channels: tuple[int, ...] = (),
-                 act: type[nn.Module] = nn.GELU) -> None:
+                 act: type[nn.Module] = nn.GELU, style: Style = SAM_STYLE) -> None:
         super().__init__()
         self.masks = 4
-        self.transformer = TwoWayTransformer(dim, mlp_dim=mlp_dim)
+        self.style = style
+        self.transformer = TwoWayTransformer(dim, mlp_dim=mlp_dim, style=style)
         self.iou_token = nn.Embedding(1, dim)
         self.mask_tokens = nn.Embedding(self.masks, dim)
         self.output_upscaling = nn.Sequential(
             nn.ConvTranspose2d(dim, dim // 4, 2, stride=2),
-            LayerNorm2d(dim // 4),
+            nn.GroupNorm(1, dim // 4) if style.group_norm else LayerNorm2d(dim // 4),
             act(),
             nn.ConvTranspose2d(dim // 4, dim // 8, 2, stride=2),
             act(),
         )
-        self.output_hypernetworks_mlps = nn.ModuleList(Mlp(dim, dim, dim // 8) for _ in range(self.masks))
-        self.iou_prediction_head = Mlp(dim, 256, self.masks)
+        self.output_hypernetworks_mlps = nn.ModuleList(
+            Mlp(dim, dim, dim // 8, act=style.mlp_act) for _ in range(self.masks))
+        self.iou_prediction_head = Mlp(dim, 256, self.masks, act=style.mlp_act)
+        if style.object_score:
+            self.obj_score_token = nn.Embedding(1, dim)
+            self.pred_obj_score_head = Mlp(dim, dim, 1)
+        if style.hq:
+            self.hf_token = nn.Embedding(1, dim)
+            self.hf_mlp = Mlp(dim, dim, dim // 8)
+            self.embedding_maskfeature = nn.Sequential(
+                nn.Conv2d(dim // 8, dim // 4, 3, padding=1), LayerNorm2d(dim // 4), nn.GELU(),
+                nn.Conv2d(dim // 4, dim // 8, 3, padding=1))
         if high_res_channels:
             expected = (dim // 8, dim // 4)
             if high_res_channels != expected:
@@ -139,6 +183,15 @@ class MaskDecoder(nn.Module):
         self.high_res = bool(high_res_channels)
         # Set by export to an equal form that needs no image-sized transposition.
         self.fast_upscale: nn.Module | None = None
+
+    def own_tokens(self) -> Tensor:
+        """(T, C) learned tokens in the official order: object score, predicted IoU, masks, HQ."""
+        parts = [self.iou_token.weight, self.mask_tokens.weight]
+        if self.style.object_score:
+            parts.insert(0, self.obj_score_token.weight)
+        if self.style.hq:
+            parts.append(self.hf_token.weight)
+        return torch.cat(parts)
 
     def upscale(self, image: Tensor, high_res: list[Tensor]) -> Tensor:
         """(B, C, h, w) -> (B, C / 8, 4h, 4w), adding the skip features before each activation."""
@@ -158,8 +211,30 @@ class MaskDecoder(nn.Module):
         upscaled = self.upscale(keys.transpose(1, 2).reshape(b, c, h, w), high_res)
         return (hyper @ upscaled.flatten(2)).reshape(b, self.masks, 4 * h, 4 * w)
 
+    def hq_masks(self, keys: Tensor, hyper: Tensor, hq_token: Tensor, h: int, w: int, hq_features: Tensor) -> Tensor:
+        """All masks plus the HQ mask, from upscaled features that both need (SAM-HQ).
+
+        Args:
+            keys: (B, h * w, C).
+            hyper: (B, 4, C / 8).
+            hq_token: (B, C), the HQ token after the transformer.
+            hq_features: (1 or B, C / 8, 4h, 4w).
+        """
+        masks, hq = self.raw_masks(keys, hyper, hq_token, h, w, hq_features)
+        return masks + hq
+
+    def raw_masks(self, keys: Tensor, hyper: Tensor, hq_token: Tensor, h: int, w: int,
+                  hq_features: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`hq_masks`, but SAM's masks (B, 4, 4h, 4w) and the HQ mask (B, 1, 4h, 4w) apart."""
+        b, _, c = keys.shape
+        upscaled = self.upscale(keys.transpose(1, 2).reshape(b, c, h, w), [])
+        fine = self.embedding_maskfeature(upscaled) + hq_features
+        masks = (hyper @ upscaled.flatten(2)).reshape(b, self.masks, 4 * h, 4 * w)
+        hq = self.hf_mlp(hq_token)[:, None] @ fine.flatten(2)
+        return masks, hq.reshape(b, 1, 4 * h, 4 * w)
+
     def forward(self, image: Tensor, image_pe: Tensor, prompt_tokens: Tensor, prompt_bias: Tensor | None,
-                high_res: list[Tensor]) -> tuple[Tensor, Tensor]:
+                high_res: list[Tensor], hq_features: Tensor | None = None) -> tuple[Tensor, ...]:
         """Decode a batch of prompts on one image.
 
         Args:
@@ -168,17 +243,31 @@ class MaskDecoder(nn.Module):
             prompt_tokens: (B, N, C).
             prompt_bias: (B, N), 0 for a used slot and ``MASKED`` for an empty one; None when all are used.
             high_res: skip features (1 or B, C0, 4h, 4w) and (1 or B, C1, 2h, 2w), or an empty list.
+            hq_features: (1 or B, C / 8, 4h, 4w) early image features of SAM-HQ.
 
         Returns:
-            low_res_masks (B, 4, 4h, 4w) logits and iou_predictions (B, 4).
+            low_res_masks (B, 4, 4h, 4w) logits, iou_predictions (B, 4) and, where the style has it,
+            object_score_logits (B, 1).
         """
         h, w = image.shape[-2:]
-        own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])[None].expand(prompt_tokens.shape[0], -1, -1)
+        tokens, keys = self.attend(image, image_pe, prompt_tokens, prompt_bias)
+        first = int(self.style.object_score)
+        hyper = torch.stack([mlp(tokens[:, first + 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], 1)
+        iou = self.iou_prediction_head(tokens[:, first])
+        iou = iou.sigmoid() if self.style.iou_sigmoid else iou
+        if self.style.hq:
+            assert hq_features is not None
+            return self.hq_masks(keys, hyper, tokens[:, 1 + self.masks], h, w, hq_features), iou
+        masks = self.upscaled_masks(keys, hyper, h, w, high_res)
+        return (masks, iou, self.pred_obj_score_head(tokens[:, 0])) if self.style.object_score else (masks, iou)
+
+    def attend(self, image: Tensor, image_pe: Tensor, prompt_tokens: Tensor,
+               prompt_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Own and prompt tokens through the transformer -> tokens (B, T + N, C) and image (B, h * w, C)."""
+        own = self.own_tokens()[None].expand(prompt_tokens.shape[0], -1, -1)
         tokens = torch.cat([own, prompt_tokens], dim=1)
         bias = None
         if prompt_bias is not None:
             bias = F.pad(prompt_bias, (own.shape[1], 0))[:, None, None, :]
-        tokens, keys = self.transformer(image.flatten(2).transpose(1, 2), image_pe, tokens, bias)
-        hyper = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], dim=1)
-        masks = self.upscaled_masks(keys, hyper, h, w, high_res)
-        return masks, self.iou_prediction_head(tokens[:, 0])
+        result: tuple[Tensor, Tensor] = self.transformer(image.flatten(2).transpose(1, 2), image_pe, tokens, bias)
+        return result

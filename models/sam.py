@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pocketsam.models.catalog import SPECS
 from pocketsam.models.mask_decoder import MASKED, MaskDecoder
 from pocketsam.models.prompt_encoder import EMPTY_SLOT, PromptEncoder
-from pocketsam.models.sam_vit import SamVit
-from pocketsam.models.tiny_vit import TinyVit
 from pocketsam.specs import ModelSpec
 
 Features = dict[str, Tensor]
@@ -44,7 +41,7 @@ class SegmentAnything(nn.Module):
         return features
 
     def decode(self, features: Features, point_coords: Tensor, point_labels: Tensor, mask_input: Tensor | None,
-               has_mask_input: Tensor | None, fixed_slots: bool = False) -> tuple[Tensor, Tensor]:
+               has_mask_input: Tensor | None, fixed_slots: bool = False) -> tuple[Tensor, ...]:
         """Masks for a batch of prompts on one image.
 
         Args:
@@ -56,7 +53,8 @@ class SegmentAnything(nn.Module):
             fixed_slots: mask empty slots out of attention; off, N must hold no empty slot (the official form).
 
         Returns:
-            low_res_masks (B, 4, 4h, 4w) and iou_predictions (B, 4).
+            low_res_masks (B, 4, 4h, 4w), iou_predictions (B, 4) and, for families that have it, object_score_logits
+            (B, 1).
         """
         encoder = self.prompt_encoder
         tokens = encoder.points(point_coords, point_labels)
@@ -65,35 +63,10 @@ class SegmentAnything(nn.Module):
             dense = encoder.no_mask()
         else:
             dense = encoder.masks(mask_input, has_mask_input)
-        image = features["image_embeddings"] + dense
+        image = features["image_embeddings"] if dense is None else features["image_embeddings"] + dense
         if image.shape[0] != tokens.shape[0]:
             image = image.expand(tokens.shape[0], -1, -1, -1)
         high_res = [features[k] for k in ("high_res_features_0", "high_res_features_1") if k in features]
-        masks: tuple[Tensor, Tensor] = self.mask_decoder(image, encoder.dense_pe(), tokens, bias, high_res)
-        return masks
-
-
-def _sam(name: str, image_encoder: nn.Module) -> SegmentAnything:
-    spec = SPECS[name]
-    prompt_encoder = PromptEncoder(spec.embed_dim, spec.embed_size, spec.image_size)
-    return SegmentAnything(spec, image_encoder, prompt_encoder, MaskDecoder(spec.embed_dim)).eval()
-
-
-def sam_vit_b() -> SegmentAnything:
-    """SAM with ViT-B (``sam_vit_b_01ec64.pth``), untrained."""
-    return _sam("sam_vit_b", SamVit(768, 12, 12, (2, 5, 8, 11)))
-
-
-def sam_vit_l() -> SegmentAnything:
-    """SAM with ViT-L (``sam_vit_l_0b3195.pth``), untrained."""
-    return _sam("sam_vit_l", SamVit(1024, 24, 16, (5, 11, 17, 23)))
-
-
-def sam_vit_h() -> SegmentAnything:
-    """SAM with ViT-H (``sam_vit_h_4b8939.pth``), untrained."""
-    return _sam("sam_vit_h", SamVit(1280, 32, 16, (7, 15, 23, 31)))
-
-
-def mobile_sam() -> SegmentAnything:
-    """MobileSAM (``mobile_sam.pt``) and TinySAM (``tinysam.pth``), untrained."""
-    return _sam("mobile_sam", TinyVit())
+        answer: tuple[Tensor, ...] = self.mask_decoder(image, encoder.dense_pe(), tokens, bias, high_res,
+                                                       features.get("hq_features"))
+        return answer

@@ -6,13 +6,19 @@ Names and arithmetic follow the official ``image_encoder.py``; tensors stay at 4
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pocketsam.models.layers import MlpBlock, merge_windows, neck, partition_windows
+from pocketsam.models.layers import MlpBlock, cubic_table, merge_windows, neck, partition_windows
 
 
 def relative_table(side: int, table: Tensor) -> Tensor:
-    """(2 * side - 1, d) learned offsets -> (side, side, d) by query and key coordinate (equal query and key sides)."""
+    """(2 * s - 1, d) learned offsets -> (side, side, d) by query and key coordinate (equal query and key sides).
+
+    A table for another side is resized linearly, as the official ``get_rel_pos`` does.
+    """
+    if len(table) != 2 * side - 1:
+        table = F.interpolate(table.transpose(0, 1)[None], size=2 * side - 1, mode="linear")[0].transpose(0, 1)
     i = torch.arange(side, device=table.device)
     return table[i[:, None] - i[None, :] + side - 1]
 
@@ -20,15 +26,29 @@ def relative_table(side: int, table: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Self-attention over a square of ``side`` x ``side`` tokens with decomposed relative position bias."""
 
-    def __init__(self, dim: int, heads: int, side: int) -> None:
+    def __init__(self, dim: int, heads: int, side: int, table_side: int) -> None:
         super().__init__()
         self.heads = heads
         self.side = side
         self.scale = (dim // heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, dim // heads))
-        self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, dim // heads))
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * table_side - 1, dim // heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * table_side - 1, dim // heads))
+        # Set by export where the trained tables are for another side.
+        self.frozen: tuple[Tensor, Tensor] | None = None
+
+    def offsets(self) -> tuple[Tensor, Tensor]:
+        """Row and column tables, each (side, side, d) by query and key coordinate."""
+        if self.frozen is not None:
+            return self.frozen
+        return relative_table(self.side, self.rel_pos_h), relative_table(self.side, self.rel_pos_w)
+
+    def freeze(self) -> None:
+        """Keep the tables as constants if they had to be resized."""
+        if len(self.rel_pos_h) != 2 * self.side - 1:
+            rows, columns = self.offsets()
+            self.frozen = rows.detach().clone(), columns.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, side * side, C) -> same."""
@@ -39,8 +59,9 @@ class Attention(nn.Module):
         logits = (q * self.scale) @ k.transpose(-1, -2)
         grid = q.reshape(groups, s, s, d)
         # rel_h[g, y, x, ky] = q[g, y, x] . table_h[y, ky]: the unscaled query meets the offsets (Li et al. 2022).
-        rel_h = grid @ relative_table(s, self.rel_pos_h).transpose(-1, -2)
-        rel_w = (grid.transpose(1, 2) @ relative_table(s, self.rel_pos_w).transpose(-1, -2)).transpose(1, 2)
+        rows, columns = self.offsets()
+        rel_h = grid @ rows.transpose(-1, -2)
+        rel_w = (grid.transpose(1, 2) @ columns.transpose(-1, -2)).transpose(1, 2)
         logits = logits.reshape(groups, n, s, s) + rel_h.reshape(groups, n, s, 1) + rel_w.reshape(groups, n, 1, s)
         y = logits.reshape(groups, n, n).softmax(-1) @ v
         y = y.reshape(b, self.heads, n, d).transpose(1, 2).reshape(b, n, c)
@@ -51,11 +72,11 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Transformer block; ``window`` 0 means global attention over the whole map of side ``side``."""
 
-    def __init__(self, dim: int, heads: int, window: int, side: int) -> None:
+    def __init__(self, dim: int, heads: int, window: int, side: int, table_side: int) -> None:
         super().__init__()
         self.window = window
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads, window or side)
+        self.attn = Attention(dim, heads, window or side, window or table_side)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MlpBlock(dim, 4 * dim, nn.GELU())
 
@@ -90,28 +111,45 @@ class SamVit(nn.Module):
         dim, depth, heads: width, number of blocks, attention heads.
         global_blocks: indices of the blocks with global attention.
         image_size: side S; the map has side S / 16.
+        table_size: side in pixels that the positional tables were trained for; ``image_size`` when None.
         out: channels of the embedding.
     """
 
-    def __init__(self, dim: int, depth: int, heads: int, global_blocks: tuple[int, ...],
-                 image_size: int = 1024, window: int = 14, out: int = 256) -> None:
+    def __init__(self, dim: int, depth: int, heads: int, global_blocks: tuple[int, ...], image_size: int = 1024,
+                 window: int = 14, out: int = 256, table_size: int | None = None) -> None:
         super().__init__()
-        side = image_size // 16
+        self.side, table_side = image_size // 16, (table_size or image_size) // 16
         self.patch_embed = PatchEmbed(dim, 16)
-        self.pos_embed = nn.Parameter(torch.zeros(1, side, side, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, table_side, table_side, dim))
         self.blocks = nn.ModuleList(
-            Block(dim, heads, 0 if i in global_blocks else window, side) for i in range(depth)
+            Block(dim, heads, 0 if i in global_blocks else window, self.side, table_side) for i in range(depth)
         )
+        self.early_block = min(global_blocks)
         self.neck = neck(dim, out)
+        # Set by export to the interpolated table, so that graphs hold it as one constant.
+        self.frozen_positions: Tensor | None = None
 
     @property
     def stem(self) -> nn.Module:
         """The first layer, which sees the normalised image."""
         return self.patch_embed.proj
 
+    def positions(self) -> Tensor:
+        """(1, S / 16, S / 16, C), interpolated where S is not the trained side."""
+        if self.frozen_positions is not None:
+            return self.frozen_positions
+        return cubic_table(self.pos_embed.permute(0, 3, 1, 2), self.side).permute(0, 2, 3, 1)
+
+    def forward_early(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, and the map (B, C, S / 16, S / 16) after the first block with global attention."""
+        x = self.patch_embed(x) + self.positions()
+        early = x
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i == self.early_block:
+                early = x
+        return self.neck(x.permute(0, 3, 1, 2)), early.permute(0, 3, 1, 2)
+
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, S, S) normalised -> ``image_embeddings`` (B, 256, S / 16, S / 16)."""
-        x = self.patch_embed(x) + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
-        return {"image_embeddings": self.neck(x.permute(0, 3, 1, 2))}
+        return {"image_embeddings": self.forward_early(x)[0]}

@@ -191,9 +191,16 @@ class TinyVit(nn.Module):
         """The first layer, which sees the normalised image: a ``ConvBn``, or the fused convolution."""
         return self.patch_embed.seq[0]
 
+    def forward_early(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, and the map (B, 160, S / 16, S / 16) after the second stage."""
+        x = self.patch_embed(x)
+        early = x
+        for i, stage in enumerate(self.layers):
+            x = stage(x)
+            if i == 1:
+                early = x
+        return self.neck(x), early
+
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, S, S) normalised -> ``image_embeddings`` (B, 256, S / 16, S / 16)."""
-        x = self.patch_embed(x)
-        for stage in self.layers:
-            x = stage(x)
-        return {"image_embeddings": self.neck(x)}
+        return {"image_embeddings": self.forward_early(x)[0]}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from pocketsam.errors import UsageError
-from pocketsam.geometry import Frame
+from pocketsam.geometry import Floats, Frame
 from pocketsam.images import Rgb
 from pocketsam.models.loading import load_model, weights_sha256
 from pocketsam.models.sam import SegmentAnything
@@ -22,13 +22,15 @@ MAX_SLOTS = 64
 
 
 class PyTorchRuntime:
-    """Executes a model of ``pocketsam.models`` in fp32.
+    """Executes a model of ``pocketsam.models`` in fp32; images may be float32, not yet rounded to uint8.
 
     Args:
         model: in eval mode.
         sha256: identity of its weights, from :func:`pocketsam.models.loading.weights_sha256`.
         threads: CPU threads, a setting of the whole process in PyTorch.
     """
+
+    takes_floats = True
 
     def __init__(self, model: SegmentAnything, sha256: str, threads: int | None = None) -> None:
         if threads is not None:
@@ -39,13 +41,14 @@ class PyTorchRuntime:
         self._sha256 = sha256
 
     @classmethod
-    def from_checkpoint(cls, model: str, checkpoint: Path, threads: int | None = None) -> PyTorchRuntime:
-        """Load an official checkpoint.
+    def from_checkpoint(cls, model: str, checkpoint: Path, threads: int | None = None,
+                        image_size: int | None = None) -> PyTorchRuntime:
+        """Load an official checkpoint, for its native input side or another.
 
         Raises:
             CheckpointError: the file is damaged or belongs to another model.
         """
-        loaded = load_model(model, checkpoint)
+        loaded = load_model(model, checkpoint, image_size)
         return cls(loaded, weights_sha256(loaded), threads)
 
     @classmethod
@@ -58,7 +61,7 @@ class PyTorchRuntime:
         raise UsageError("a bundle holds no PyTorch weights; load the model by name with its checkpoint instead.")
 
     @torch.inference_mode()
-    def encode(self, image: Rgb, frame: Frame) -> Features:
+    def encode(self, image: Rgb | Floats, frame: Frame) -> Features:
         content = torch.from_numpy(image[:, :frame.content_height, :frame.content_width].copy())
         x = self.model.normalize(content)
         x = F.pad(x, (0, frame.size - frame.content_width, 0, frame.size - frame.content_height))
@@ -68,15 +71,17 @@ class PyTorchRuntime:
     def decode(self, features: Features, prompts: Tensors) -> Tensors:
         tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in {**features, **prompts}.items()}
         feats = {t.name: tensors[t.name] for t in self.spec.feature_specs()}
-        labels, has_mask = tensors["point_labels"], tensors["has_mask_input"]
-        masks = torch.empty((len(labels), 4, self.spec.mask_size, self.spec.mask_size))
-        scores = torch.empty((len(labels), 4))
+        labels = tensors["point_labels"]
+        has_mask = tensors.get("has_mask_input", torch.zeros(len(labels)))
+        outputs = self.spec.decoder_graph().outputs
+        out = {t.name: torch.empty(t.concrete(len(labels))) for t in outputs}
         for rows in _same_pattern(labels, has_mask):
             used = labels[rows[0]] != EMPTY_SLOT
             mask = (tensors["mask_input"][rows], has_mask[rows]) if has_mask[rows[0]] > 0.5 else (None, None)
-            masks[rows], scores[rows] = self.model.decode(
-                feats, tensors["point_coords"][rows][:, used], labels[rows][:, used], *mask)
-        return {"low_res_masks": masks.numpy(), "iou_predictions": scores.numpy()}
+            answer = self.model.decode(feats, tensors["point_coords"][rows][:, used], labels[rows][:, used], *mask)
+            for t, values in zip(outputs, answer, strict=True):
+                out[t.name][rows] = values
+        return {name: values.numpy() for name, values in out.items()}
 
     def info(self) -> dict[str, Any]:
         return {"runtime": "pytorch", "version": torch.__version__, "precision": "fp32",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,15 +28,27 @@ class Outcome(NamedTuple):
 
 @pytest.fixture(scope="session")
 def toy_registered() -> Iterator[None]:
-    """Register a small ViT under the name ``toy_sam`` for the whole run."""
+    """Register small models of each family, ``toy_sam`` a plain ViT, for the whole run."""
     from pocketsam import registry
     from pocketsam.models import catalog
     from pocketsam.specs import ModelSpec
 
-    catalog.SPECS[TOY] = ModelSpec(name=TOY, family="sam", image_size=128, embed_dim=32, embed_size=8)
-    registry.MODELS[TOY] = "toy_model:build"
+    small: dict[str, Any] = {"image_size": 128, "embed_dim": 32, "embed_size": 8}
+    specs = {
+        "build": ModelSpec(name=TOY, family="sam", **small),
+        "edge": ModelSpec(name="toy_edge", family="sam", **small),
+        "hq": ModelSpec(name="toy_hq", family="sam", **small, hq_channels=4, best_only=True),
+        "sam2": dataclasses.replace(catalog.SPECS["sam2.1_tiny"], name="toy_sam2", family="sam",
+                                    high_res_channels=(4, 8), **small),
+        "efficient_sam": dataclasses.replace(catalog.SPECS["efficient_sam_ti"], name="toy_efficient_sam", family="sam",
+                                             **small),
+    }
+    for builder, spec in specs.items():
+        catalog.SPECS[spec.name] = spec
+        registry.MODELS[spec.name] = f"toy_model:{builder}"
     yield
-    del catalog.SPECS[TOY], registry.MODELS[TOY]
+    for spec in specs.values():
+        del catalog.SPECS[spec.name], registry.MODELS[spec.name]
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +61,30 @@ def toy_checkpoint(toy_registered: None, tmp_path_factory: pytest.TempPathFactor
     path = tmp_path_factory.mktemp("toy") / "toy.pt"
     torch.save(build().state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def family_checkpoint(toy_registered: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name of a small model -> a checkpoint with seeded weights, made once."""
+    import torch
+
+    from pocketsam import registry
+
+    folder = tmp_path_factory.mktemp("family")
+
+    def make(model: str) -> Path:
+        path = folder / f"{model}.pt"
+        if not path.exists():
+            torch.manual_seed(0)
+            built = registry.load("model", model)()
+            for p in built.parameters():
+                # Tables start at zero, where errors cannot show.
+                if not p.any():
+                    torch.nn.init.normal_(p, std=0.2)
+            torch.save(built.state_dict(), path)
+        return path
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -168,7 +168,7 @@ def test_frozen_window_bias() -> None:
     stage.blocks[0].attn.attention_biases.normal_()
     x = torch.randn(1, 32, 16, 16)
     expected = stage(x)
-    rewrites.freeze_window_bias(stage)
+    rewrites.freeze_tables(stage)
     assert torch.equal(stage(x), expected)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from goldens import FILES, Golden
+from goldens import FILES, MANIFESTS, Golden, read_manifest
 
 from pocketsam import registry
 from pocketsam.errors import CheckpointError
+from pocketsam.models.catalog import SPECS
 from pocketsam.models.checkpoints import CHECKPOINTS, FINGERPRINTS
-from pocketsam.models.loading import identify, load_model, weights_sha256
+from pocketsam.models.keys import RENAMES
+from pocketsam.models.loading import identify, load_model, recognise, weights_sha256
 
 
 @pytest.mark.parametrize("wrap", ["state_dict", "model", "model_state_dict"])
@@ -50,16 +53,34 @@ def test_wrong_model_is_named(name: str, tmp_path: Path) -> None:
     shapes = {k: tuple(shape) for k, (shape, _) in keys.items()}
     assert identify(shapes) == name
     other = "sam_vit_l"
-    state = {k: torch.zeros(s) for k, s in shapes.items() if "encoder.blocks.1" not in k}
+    # One number, expanded: the file stays small.
+    state = {k: torch.zeros(()).expand(s) for k, s in shapes.items() if "transformer.layers.1" not in k}
     torch.save(state, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match=f"is not {other}: .*looks like {name}"):
         load_model(other, tmp_path / "file.pth")
 
 
 def test_every_architecture_is_recognised() -> None:
-    for name in set(registry.MODELS) - {"toy_sam"}:
-        with torch.device("meta"):
-            shapes = {k: tuple(v.shape) for k, v in registry.load("model", name)().state_dict().items()}
+    manifests = {**FILES, **MANIFESTS}
+    for name in (n for n in registry.MODELS if not n.startswith("toy")):
+        if name in manifests:
+            shapes = {k: tuple(s) for k, (s, _) in read_manifest(manifests[name])["keys"].items()}
+        else:
+            assert SPECS[name].family not in RENAMES, "our names are the official ones"
+            with torch.device("meta"):
+                shapes = {k: tuple(v.shape) for k, v in registry.load("model", name)().state_dict().items()}
         assert identify(shapes) == name
     assert identify({"a": (1,)}) is None
     assert set(FINGERPRINTS) >= {c.model for c in CHECKPOINTS}
+
+
+def test_checkpoint_says_what_it_is(golden_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    assert recognise(golden_checkpoint("edge_sam")) == "edge_sam"
+    torch.save({"some.weight": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="no model that PocketSAM knows"):
+        recognise(tmp_path / "other.pt")
+
+
+def test_licences_are_known() -> None:
+    assert {c.model for c in CHECKPOINTS} == {n for n in registry.MODELS if not n.startswith("toy")}
+    assert all("NON-COMMERCIAL" in c.licence for c in CHECKPOINTS if c.model == "edge_sam")

@@ -79,18 +79,20 @@ def from_goldens(model: str, bundle: Path) -> Case:
 
 
 def from_pytorch(model: str, bundle: Path, reference: Predictor, rgb: np.ndarray[Any, Any]) -> Case:
-    """Expectations of our PyTorch reference, for models without an official implementation."""
+    """Expectations of our PyTorch reference on the same uint8 pixels, for models without official outputs."""
+    reference = Predictor(reference.runtime, exact=False)
     reference.set_image(rgb)
     mask = reference.predict(points=[(rgb.shape[1] * 0.38, rgb.shape[0] * 0.4)], multimask=False).logits
-    prompts = {n: scaled(p, rgb.shape[1], rgb.shape[0], mask) for n, p in PROMPTS.items()}
+    prompts = {n: scaled(p, rgb.shape[1], rgb.shape[0], mask) for n, p in PROMPTS.items()
+               if reference.spec.mask_prompt or not p.get("mask")}
     results = {(n, m): reference.predict(**p, multimask=m) for n, p in prompts.items() for m in (False, True)}
     return Case(model, bundle, rgb, prompts, {k: r.masks for k, r in results.items()},
                 {k: r.scores for k, r in results.items()})
 
 
 @pytest.fixture(scope="module")
-def cases(toy_checkpoint: Path, toy_everywhere: Path, golden_checkpoint: Callable[[str], Path],
-          tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+def cases(toy_checkpoint: Path, toy_everywhere: Path, family_checkpoint: Callable[[str], Path],
+          golden_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     """Model name -> its case; exported once."""
     checkpoints: dict[str, Callable[[], Path | None]] = {"toy_sam": lambda: toy_checkpoint, "lite0": lambda: None}
     folder = tmp_path_factory.mktemp("matrix")
@@ -111,7 +113,8 @@ def cases(toy_checkpoint: Path, toy_everywhere: Path, golden_checkpoint: Callabl
 
     def build(model: str) -> Case:
         # The built-in model has trained weights of its own.
-        checkpoint = checkpoints[model]() if model in checkpoints else golden_checkpoint(model)
+        source = golden_checkpoint if model in FILES else family_checkpoint
+        checkpoint = checkpoints[model]() if model in checkpoints else source(model)
         rgb = image() if model in FILES else load_rgb(photo_paths()[1])
         out = folder / f"{model}.bundle"
         if model == "toy_sam":

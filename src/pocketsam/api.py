@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def load(source: str | Path = BUILTIN_MODEL, *, runtime: str = "auto", checkpoint: str | Path | None = None,
-         precision: str = "fp32", threads: int | None = None) -> Predictor:
+         precision: str = "fp32", threads: int | None = None, image_size: int | None = None) -> Predictor:
     """Open a bundle, or a model straight from its checkpoint with the PyTorch runtime.
 
     Args:
@@ -27,6 +27,7 @@ def load(source: str | Path = BUILTIN_MODEL, *, runtime: str = "auto", checkpoin
         checkpoint: official checkpoint file, for ``runtime="pytorch"``; lite0's ships with the package.
         precision: ``fp32``, ``fp16``, or ``auto`` to let the measurement choose that too.
         threads: CPU threads; the engine's default when None.
+        image_size: input side for a model with ``checkpoint``, instead of its own; a bundle keeps its own.
 
     Raises:
         PocketSamError: one of its children, naming what to do.
@@ -39,7 +40,7 @@ def load(source: str | Path = BUILTIN_MODEL, *, runtime: str = "auto", checkpoin
     is_bundle = (Path(source) / MANIFEST).is_file()
     if not is_bundle and (name in registry.MODELS or _looks_like_a_name(source)):
         registry.check("model", name)
-        return Predictor(_from_checkpoint(name, runtime, checkpoint, threads))
+        return Predictor(_from_checkpoint(name, runtime, checkpoint, threads, image_size))
     if checkpoint is not None:
         raise UsageError(f"{source} is a bundle path; a checkpoint goes with a model name.")
     return Predictor(open_bundle(read_bundle(source), runtime, precision, threads))
@@ -64,10 +65,13 @@ def open_bundle(bundle: Bundle, runtime: str = "auto", precision: str = "fp32",
     return opened
 
 
-def export(model: str = BUILTIN_MODEL, *, checkpoint: str | Path | None = None, formats: Sequence[str] = ("onnx",),
+def export(model: str | None = None, *, checkpoint: str | Path | None = None, formats: Sequence[str] = ("onnx",),
            precisions: Sequence[str] = ("fp32",), out: str | Path, slots: int | None = None,
            **options: Any) -> Bundle:
     """Export a model to a bundle; see :func:`pocketsam.export.pipeline.export_bundle` for the options.
+
+    Args:
+        model: registry name; when left out, what the checkpoint holds, and without one the built-in model.
 
     Raises:
         ParityError: an artifact differs from the PyTorch reference by more than its gate; nothing is written.
@@ -76,23 +80,37 @@ def export(model: str = BUILTIN_MODEL, *, checkpoint: str | Path | None = None, 
 
     for name in formats:
         registry.check("format", name)
-    registry.check("model", model)
+    if model is not None:
+        registry.check("model", model)
     try:
         run = registry.entry("pocketsam.export.pipeline:export_bundle")
     except ModuleNotFoundError as e:
         raise MissingDependency(str(e.name), "export", "exporting") from e
     if slots is not None:
         options["slots"] = slots
+    if model is None:
+        model = BUILTIN_MODEL if checkpoint is None else recognised(checkpoint)
     bundle: Bundle = run(model, checkpoint=checkpoint_for(model, checkpoint), formats=list(formats),
                          precisions=list(precisions), out=Path(out), **options)
     return bundle
 
 
-def _from_checkpoint(model: str, runtime: str, checkpoint: str | Path | None, threads: int | None) -> Runtime:
+def recognised(checkpoint: str | Path) -> str:
+    """The model that a checkpoint file holds.
+
+    Raises:
+        CheckpointError: unreadable, or no model that is known here.
+    """
+    name: str = registry.entry("pocketsam.models.loading:recognise")(Path(checkpoint))
+    return name
+
+
+def _from_checkpoint(model: str, runtime: str, checkpoint: str | Path | None, threads: int | None,
+                     image_size: int | None) -> Runtime:
     if runtime not in ("auto", "pytorch"):
         raise UsageError(f"a checkpoint runs on the pytorch runtime only, not on {runtime}; export a bundle for it.")
     opened: Runtime = registry.load("runtime", "pytorch").from_checkpoint(
-        model, checkpoint_for(model, checkpoint), threads=threads)
+        model, checkpoint_for(model, checkpoint), threads=threads, image_size=image_size)
     return opened
 
 

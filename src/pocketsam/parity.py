@@ -64,16 +64,21 @@ def mask_iou(a: Bools, b: Bools) -> float:
 
 
 def compare(reference: Predictor, candidate: Predictor, images: Iterable[Rgb], seed: int = 0,
-            prompts_per_image: int = PROMPTS_PER_IMAGE) -> Agreement:
+            prompts_per_image: int = PROMPTS_PER_IMAGE, tensors: bool = True) -> Agreement:
     """Run both predictors over images and seeded prompts (half boxes, half points, one refined with a mask).
+
+    Both see the same uint8 pixels, so that the graphs are compared and not the rounding of the resized image.
 
     Args:
         images: uint8 (H, W, 3) RGB.
+        tensors: both have tensors of the same shapes; without, masks alone are compared and none is refined, so that
+            two input sides can be.
     """
     result = Agreement()
+    reference, candidate = Predictor(reference.runtime, exact=False), Predictor(candidate.runtime, exact=False)
     rng = np.random.default_rng(seed)
     for rgb in images:
-        _compare_image(reference, candidate, rgb, rng, prompts_per_image, result)
+        _compare_image(reference, candidate, rgb, rng, prompts_per_image, result, tensors)
         result.images += 1
     return result
 
@@ -95,24 +100,26 @@ def sample_prompts(predictor: Predictor, height: int, width: int, count: int,
 
 
 def _compare_image(reference: Predictor, candidate: Predictor, rgb: Rgb, rng: np.random.Generator, count: int,
-                   result: Agreement) -> None:
+                   result: Agreement, tensors: bool) -> None:
     ours, theirs = reference.set_image(rgb), candidate.set_image(rgb)
-    for name, tensor in ours.features.items():
+    for name, tensor in ours.features.items() if tensors else ():
         result.note_error(name, tensor, theirs.features[name])
     prompts = sample_prompts(reference, rgb.shape[0], rgb.shape[1], count, rng)
     ref_masks, ref_scores = reference.decode_prompts([p for _, p in prompts])
-    # The last point is refined with the reference's own mask, so that mask_input is exercised.
-    kind, last = prompts[-1]
-    refined = Prompt(last.points, last.labels, last.box, ref_masks[-1, 0].copy())
-    extra_masks, extra_scores = reference.decode_prompts([refined])
-    prompts = [*prompts[:-1], (kind, refined)]
-    ref_masks[-1], ref_scores[-1] = extra_masks[0], extra_scores[0]
+    if tensors and reference.spec.mask_prompt:
+        # The last point is refined with the reference's own mask, so that mask_input is exercised.
+        kind, last = prompts[-1]
+        refined = Prompt(last.points, last.labels, last.box, ref_masks[-1, 0].copy())
+        extra_masks, extra_scores = reference.decode_prompts([refined])
+        prompts = [*prompts[:-1], (kind, refined)]
+        ref_masks[-1], ref_scores[-1] = extra_masks[0], extra_scores[0]
     masks, scores = candidate.decode_prompts([p for _, p in prompts])
-    result.note_error("low_res_masks", ref_masks, masks)
-    result.note_error("iou_predictions", ref_scores, scores)
+    if tensors:
+        result.note_error("low_res_masks", ref_masks, masks)
+        result.note_error("iou_predictions", ref_scores, scores)
     for i, (kind, _) in enumerate(prompts):
         token, other = (0, 0) if kind == "box" else (1 + int(s[1:].argmax()) for s in (ref_scores[i], scores[i]))
         result.flips += token != other
         a = masks_from_logits(ref_masks[i, token][None], ours.frame)[0]
-        b = masks_from_logits(masks[i, other][None], ours.frame)[0]
+        b = masks_from_logits(masks[i, other][None], theirs.frame)[0]
         result.ious[kind].append(mask_iou(a, b))

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from pocketsam.embedding import Embedding, check_identity, load_embedding
 from pocketsam.errors import EmbeddingError, PromptError
-from pocketsam.geometry import Bools, Floats, Frame, masks_from_logits, to_model_image
+from pocketsam.geometry import Bools, Floats, Frame, masks_from_logits, to_exact_image, to_model_image
 from pocketsam.images import ImageLike, Rgb, image_id, load_rgb
 from pocketsam.prompts import Prompt, decoder_inputs
 from pocketsam.runtime import Runtime
@@ -49,10 +49,13 @@ class Predictor:
 
     Args:
         runtime: an open runtime.
+        exact: preprocess as the official code does, in floating point where it does so; by default only for a runtime
+            that takes such images (PyTorch). Exported graphs take uint8, so comparisons with them pass False.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, exact: bool | None = None) -> None:
         self.runtime = runtime
+        self.exact = bool(getattr(runtime, "takes_floats", False)) if exact is None else exact
         self._embedding: Embedding | None = None
 
     @property
@@ -102,17 +105,18 @@ class Predictor:
             labels: (K,) 1 foreground, 0 background; all foreground when left out.
             box: (4,) x0, y0, x1, y1 in pixels.
             mask: float logits (4h, 4w) of an earlier result.
-            multimask: True returns the three ambiguous masks (tokens 1 to 3) in the official order; False the
-                single-mask answer (token 0), the better choice for a box or several points.
+            multimask: True returns the three ambiguous masks (tokens 1 to 3) in the official order, or the best of
+                them where the official predictor does so (SAM-HQ); False the single-mask answer, the better choice
+                for a box or several points: token 0, or SAM 2's choice by stability.
 
         Raises:
             PromptError: nothing or something unusable was given, or no image is set.
         """
-        frame = self.current.frame
-        low_res, scores = self._decode([Prompt.of(frame, self.spec, points, labels, box, mask)])
-        tokens = slice(1, None) if multimask else slice(0, 1)
-        logits = low_res[0, tokens]
-        return Result(masks_from_logits(logits, frame), scores[0, tokens], logits)
+        low_res, scores = self._decode([Prompt.of(self.current.frame, self.spec, points, labels, box, mask)])
+        if multimask and not self.spec.best_only:
+            return self._result(low_res[0, 1:], scores[0, 1:])
+        token = best_token(scores[0]) if multimask else single_token(low_res[0], scores[0], self.spec)
+        return self._result(low_res[0, token][None], scores[0, token][None])
 
     def predict_boxes(self, boxes: ArrayLike) -> Result:
         """The single-mask answer for each of many boxes.
@@ -128,7 +132,9 @@ class Predictor:
         if rows.ndim != 2 or rows.shape[1] != 4 or not len(rows):
             raise PromptError(f"boxes has shape {rows.shape}; expected (K, 4) with at least one box.")
         low_res, scores = self._decode([Prompt.of(frame, self.spec, box=row) for row in rows])
-        return Result(masks_from_logits(low_res[:, 0], frame), scores[:, 0], low_res[:, 0])
+        tokens = [single_token(logits, ious, self.spec) for logits, ious in zip(low_res, scores, strict=True)]
+        chosen = np.arange(len(rows)), tokens
+        return self._result(low_res[chosen], scores[chosen])
 
     def decode_prompts(self, prompts: Sequence[Prompt]) -> tuple[Floats, Floats]:
         """Raw answers of all four tokens: low-res logits (B, 4, 4h, 4w) and predicted IoU (B, 4)."""
@@ -156,7 +162,9 @@ class Predictor:
 
     def _embed_rgb(self, rgb: Rgb) -> Embedding:
         frame = Frame.of(rgb.shape[0], rgb.shape[1], self.spec)
-        features = self.runtime.encode(to_model_image(rgb, frame, self.spec), frame)
+        # Only a runtime that says ``takes_floats`` is given anything but uint8.
+        image: Any = to_exact_image(rgb, frame, self.spec) if self.exact else to_model_image(rgb, frame, self.spec)
+        features = self.runtime.encode(image, frame)
         return Embedding(features, frame, self.spec.name, self.weights_sha256, image_id(rgb))
 
     @property
@@ -170,6 +178,11 @@ class Predictor:
             raise PromptError("no image is set; call set_image or set_embedding first.")
         return self._embedding
 
+    def _result(self, logits: Floats, scores: Floats) -> Result:
+        masks = masks_from_logits(logits, self.current.frame)
+        limit = self.spec.logit_limit
+        return Result(masks, scores, np.clip(logits, -limit, limit) if limit else logits)
+
     def _decode(self, prompts: Sequence[Prompt]) -> tuple[Floats, Floats]:
         current = self.current
         masks, scores = [], []
@@ -179,3 +192,26 @@ class Predictor:
             masks.append(out["low_res_masks"])
             scores.append(out["iou_predictions"])
         return np.concatenate(masks), np.concatenate(scores)
+
+
+def best_token(scores: Floats) -> int:
+    """(4,) predicted IoU -> the best of the ambiguous tokens 1 to 3."""
+    return 1 + int(scores[1:].argmax())
+
+
+def single_token(logits: Floats, scores: Floats, spec: ModelSpec) -> int:
+    """The token of the single-mask answer: 0, or the best of 1 to 3 where mask 0 is less stable than the spec asks.
+
+    Stability is the share of the pixels above -delta that are also above +delta; no such pixel counts as stable
+    (SAM 2's ``_dynamic_multimask_via_stability``).
+
+    Args:
+        logits: (4, 4h, 4w) of one prompt.
+        scores: (4,) predicted IoU.
+    """
+    if not spec.stability:
+        return 0
+    delta, threshold = spec.stability
+    wide = int((logits[0] > -delta).sum())
+    stable = wide == 0 or int((logits[0] > delta).sum()) / wide >= threshold
+    return 0 if stable else best_token(scores)

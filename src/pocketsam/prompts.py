@@ -42,6 +42,8 @@ class Prompt:
         """
         if points is None and box is None and mask is None:
             raise PromptError("no prompt was given; pass at least one point, a box or a mask.")
+        if mask is not None and not spec.mask_prompt:
+            raise PromptError(f"{spec.name} takes no mask prompt; pass points or a box.")
         p, lab = _points(points, labels, frame)
         return cls(p, lab, None if box is None else _box(box, frame), None if mask is None else _mask(mask, spec))
 
@@ -50,23 +52,37 @@ class Prompt:
         """One point and nothing else: the ambiguous case."""
         return len(self.points) == 1 and self.box is None and self.mask is None
 
-    def tokens(self, frame: Frame) -> tuple[Floats, Floats]:
-        """(N, 2) XY in the model frame and (N,) labels: points, then box corners, or the padding point if no box."""
-        coords, labels = [frame.to_model(self.points)], [self.labels]
+    def tokens(self, frame: Frame, spec: ModelSpec) -> tuple[Floats, Floats]:
+        """(N, 2) XY in the prompt frame and (N,) labels, in the family's order and with its padding points.
+
+        Raises:
+            PromptError: more points than the family takes.
+        """
+        parts = [(frame.to_model(self.points), self.labels)]
         if self.box is not None:
-            coords.append(frame.to_model(self.box.reshape(2, 2)))
-            labels.append(np.array([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]))
-        elif len(self.points):
-            coords.append(np.zeros((1, 2), np.float32))
-            labels.append(np.array([PADDING_POINT]))
-        return np.concatenate(coords), np.concatenate(labels).astype(np.float32)
+            corners = (frame.to_model(self.box.reshape(2, 2)), np.array([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]))
+            parts.insert(0 if spec.box_first else 1, corners)
+        used = sum(len(labels) for _, labels in parts)
+        if spec.max_points and used > spec.max_points:
+            raise PromptError(f"{spec.name} takes at most {spec.max_points} points (a box counts as two) and {used} "
+                              "were given; give fewer.")
+        padding = self._padding(used, spec)
+        # The place of a padding point matters only where it keeps its positional encoding: EfficientSAM's is (-1, -1).
+        parts.append((np.full((padding, 2), -1.0, np.float32), np.full(padding, PADDING_POINT)))
+        return np.concatenate([c for c, _ in parts]), np.concatenate([v for _, v in parts]).astype(np.float32)
+
+    def _padding(self, used: int, spec: ModelSpec) -> int:
+        if spec.padding == "fill":
+            return spec.max_points - used
+        return int(used > 0 and (spec.padding == "always" or self.box is None))
 
 
 def decoder_inputs(prompts: Sequence[Prompt], frame: Frame, spec: ModelSpec, slots: int) -> dict[str, Floats]:
     """Lay prompts into the decoder's inputs, without the image features.
 
     Returns:
-        point_coords (B, slots, 2), point_labels (B, slots), mask_input (B, 1, 4h, 4w), has_mask_input (B,).
+        point_coords (B, slots, 2), point_labels (B, slots) and, where the model takes masks, mask_input (B, 1, 4h, 4w)
+        and has_mask_input (B,).
 
     Raises:
         PromptError: a prompt needs more than ``slots`` slots.
@@ -77,7 +93,7 @@ def decoder_inputs(prompts: Sequence[Prompt], frame: Frame, spec: ModelSpec, slo
     mask_input = np.zeros((b, 1, m, m), np.float32)
     has_mask = np.zeros(b, np.float32)
     for i, prompt in enumerate(prompts):
-        xy, lab = prompt.tokens(frame)
+        xy, lab = prompt.tokens(frame, spec)
         if len(lab) > slots:
             extra = "a box takes two slots" if prompt.box is not None else "one slot is the padding point"
             raise PromptError(f"{len(prompt.points)} points need {len(lab)} prompt slots ({extra}) and this decoder "
@@ -85,7 +101,8 @@ def decoder_inputs(prompts: Sequence[Prompt], frame: Frame, spec: ModelSpec, slo
         coords[i, :len(lab)], labels[i, :len(lab)] = xy, lab
         if prompt.mask is not None:
             mask_input[i, 0], has_mask[i] = prompt.mask, 1
-    return {"point_coords": coords, "point_labels": labels, "mask_input": mask_input, "has_mask_input": has_mask}
+    points = {"point_coords": coords, "point_labels": labels}
+    return {**points, "mask_input": mask_input, "has_mask_input": has_mask} if spec.mask_prompt else points
 
 
 def _array(value: Any, name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:

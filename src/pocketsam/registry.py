@@ -33,10 +33,28 @@ RUNTIMES = {
 
 MODELS = {
     "lite0": "pocketsam.models.lite0:lite0",
-    "sam_vit_b": "pocketsam.models.sam:sam_vit_b",
-    "sam_vit_l": "pocketsam.models.sam:sam_vit_l",
-    "sam_vit_h": "pocketsam.models.sam:sam_vit_h",
-    "mobile_sam": "pocketsam.models.sam:mobile_sam",
+    "sam_vit_b": "pocketsam.models.builders:sam_vit_b",
+    "sam_vit_l": "pocketsam.models.builders:sam_vit_l",
+    "sam_vit_h": "pocketsam.models.builders:sam_vit_h",
+    "mobile_sam": "pocketsam.models.builders:mobile_sam",
+    "repvit_sam": "pocketsam.models.builders:repvit_sam",
+    "edge_sam": "pocketsam.models.builders:edge_sam",
+    "sam_hq_vit_b": "pocketsam.models.builders:sam_hq_vit_b",
+    "sam_hq_vit_tiny": "pocketsam.models.builders:sam_hq_vit_tiny",
+    "efficient_sam_ti": "pocketsam.models.builders:efficient_sam_ti",
+    "efficient_sam_s": "pocketsam.models.builders:efficient_sam_s",
+    "efficientvit_sam_l0": "pocketsam.models.builders:efficientvit_sam_l0",
+    "efficientvit_sam_l1": "pocketsam.models.builders:efficientvit_sam_l1",
+    "efficientvit_sam_l2": "pocketsam.models.builders:efficientvit_sam_l2",
+    "efficientvit_sam_xl0": "pocketsam.models.builders:efficientvit_sam_xl0",
+    "efficientvit_sam_xl1": "pocketsam.models.builders:efficientvit_sam_xl1",
+    "sam2.1_tiny": "pocketsam.models.builders:sam21_tiny",
+    "sam2.1_small": "pocketsam.models.builders:sam21_small",
+    "sam2.1_base_plus": "pocketsam.models.builders:sam21_base_plus",
+    "sam2.1_large": "pocketsam.models.builders:sam21_large",
+    "edgetam": "pocketsam.models.builders:edgetam",
+    "efficienttam_ti": "pocketsam.models.builders:efficienttam_ti",
+    "efficienttam_s": "pocketsam.models.builders:efficienttam_s",
 }
 
 # The format that each runtime executes; PyTorch needs the checkpoint, not an artifact.

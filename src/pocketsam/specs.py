@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
 
-from pocketsam.errors import BundleError
+from pocketsam.errors import BundleError, UsageError
 
 Dim = int | str
 Resize = Literal["pad", "squash"]
+Resampling = Literal["pillow", "antialias", "bilinear"]
+Upscale = Literal["frame", "direct", "cubic"]
+Padding = Literal["without_box", "always", "fill"]
 GraphName = Literal["encoder", "decoder"]
 
 DTYPES = ("uint8", "float32")
 DEFAULT_SLOTS = 8
 BATCH = "batch"
+# Coarsest stride of all encoders, and the input sides that make sense.
+SIZE_STEP, SIZE_LEAST, SIZE_MOST = 64, 128, 2048
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,20 @@ class ModelSpec:
         mean, std: RGB colour statistics on the 0..255 scale.
         high_res_channels: channels (C0, C1) of the skip features at 4h x 4w and 2h x 2w; empty when there are none.
         object_score: whether the decoder also returns ``object_score_logits``.
+        hq_channels: channels of ``hq_features`` at 4h x 4w (SAM-HQ), 0 when there are none.
+        prompt_size: side of the frame that prompts and mask upscaling live in; 0 means ``image_size``.
+        resampling: how the official code resizes: ``pillow`` in uint8 with antialiasing; ``antialias`` the same filter
+            on floats; ``bilinear`` on floats without antialiasing. Exported graphs take the result rounded to uint8.
+        upscale: how logits reach the image: ``frame`` bilinear through the prompt frame, ``direct`` bilinear at once,
+            ``cubic`` bicubic at once.
+        box_first: box corners come before the points.
+        padding: when the padding point is appended: ``without_box``, ``always``, or ``fill`` up to ``max_points``.
+        max_points: most points, box corners included, that the official code takes; 0 means any number.
+        mask_prompt: whether the model takes a mask as prompt.
+        stability: (delta, threshold) of SAM 2's single mask: token 0 unless its stability falls below the threshold,
+            then the best of 1 to 3; empty where the single mask is always token 0.
+        best_only: a multimask request returns the best of tokens 1 to 3 instead of all three (SAM-HQ).
+        logit_limit: returned logits are clipped to +- this value after masks were made; 0 means no clipping.
     """
 
     name: str
@@ -80,18 +99,52 @@ class ModelSpec:
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     high_res_channels: tuple[int, ...] = ()
     object_score: bool = False
+    hq_channels: int = 0
+    prompt_size: int = 0
+    resampling: Resampling = "pillow"
+    upscale: Upscale = "frame"
+    box_first: bool = False
+    padding: Padding = "without_box"
+    max_points: int = 0
+    mask_prompt: bool = True
+    stability: tuple[float, ...] = ()
+    best_only: bool = False
+    logit_limit: float = 0.0
 
     def __post_init__(self) -> None:
         if self.image_size < 32 or self.embed_size < 4 or self.embed_dim < 1:
             raise ValueError(f"model {self.name!r}: sizes must be positive and image_size at least 32")
-        if self.resize not in ("pad", "squash"):
-            raise ValueError(f"model {self.name!r}: resize is {self.resize!r}, expected 'pad' or 'squash'")
+        for value, known in ((self.resize, get_args(Resize)), (self.resampling, get_args(Resampling)),
+                             (self.upscale, get_args(Upscale)), (self.padding, get_args(Padding))):
+            if value not in known:
+                raise ValueError(f"model {self.name!r}: {value!r} is not one of {known}")
         if len(self.mean) != 3 or len(self.std) != 3 or not all(s > 0 for s in self.std):
             raise ValueError(f"model {self.name!r}: mean and std need three values, std positive")
         if not all(math.isfinite(v) for v in (*self.mean, *self.std)):
             raise ValueError(f"model {self.name!r}: mean and std must be finite")
         if len(self.high_res_channels) not in (0, 2):
             raise ValueError(f"model {self.name!r}: high_res_channels needs zero or two entries")
+        if len(self.stability) not in (0, 2):
+            raise ValueError(f"model {self.name!r}: stability needs a delta and a threshold, or nothing")
+        if self.padding == "fill" and self.max_points < 2:
+            raise ValueError(f"model {self.name!r}: padding 'fill' needs max_points of at least 2")
+
+    def resized(self, image_size: int) -> ModelSpec:
+        """The same model for another input side; a model with a prompt frame of its own keeps its embedding grid.
+
+        Raises:
+            UsageError: not a multiple of 64 from 128 to 2048.
+        """
+        if image_size % SIZE_STEP or not SIZE_LEAST <= image_size <= SIZE_MOST:
+            raise UsageError(f"image size {image_size} cannot be used; choose a multiple of {SIZE_STEP} from "
+                             f"{SIZE_LEAST} to {SIZE_MOST}.")
+        cells = self.embed_size if self.prompt_size else image_size * self.embed_size // self.image_size
+        return replace(self, image_size=image_size, embed_size=cells)
+
+    @property
+    def frame_size(self) -> int:
+        """Side of the frame that prompts live in."""
+        return self.prompt_size or self.image_size
 
     @property
     def mask_size(self) -> int:
@@ -111,6 +164,8 @@ class ModelSpec:
         for i, channels in enumerate(self.high_res_channels):
             side = 4 * h >> i
             specs.append(TensorSpec(f"high_res_features_{i}", "float32", (1, channels, side, side)))
+        if self.hq_channels:
+            specs.append(TensorSpec("hq_features", "float32", (1, self.hq_channels, 4 * h, 4 * h)))
         return tuple(specs)
 
     def encoder_graph(self) -> GraphSpec:
@@ -121,18 +176,19 @@ class ModelSpec:
     def decoder_graph(self, slots: int = DEFAULT_SLOTS) -> GraphSpec:
         """The prompt decoder's contract with ``slots`` fixed prompt slots and a symbolic prompt batch."""
         m = self.mask_size
-        inputs = (
+        inputs = [
             *self.feature_specs(),
             TensorSpec("point_coords", "float32", (BATCH, slots, 2)),
             TensorSpec("point_labels", "float32", (BATCH, slots)),
-            TensorSpec("mask_input", "float32", (BATCH, 1, m, m)),
-            TensorSpec("has_mask_input", "float32", (BATCH,)),
-        )
+        ]
+        if self.mask_prompt:
+            inputs.append(TensorSpec("mask_input", "float32", (BATCH, 1, m, m)))
+            inputs.append(TensorSpec("has_mask_input", "float32", (BATCH,)))
         outputs = [TensorSpec("low_res_masks", "float32", (BATCH, 4, m, m)),
                    TensorSpec("iou_predictions", "float32", (BATCH, 4))]
         if self.object_score:
             outputs.append(TensorSpec("object_score_logits", "float32", (BATCH, 1)))
-        return GraphSpec("decoder", inputs, tuple(outputs))
+        return GraphSpec("decoder", tuple(inputs), tuple(outputs))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -149,7 +205,7 @@ class ModelSpec:
             if unknown := sorted(set(data) - known):
                 raise ValueError(f"unknown fields {unknown}")
             clean: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-            for key in ("image_size", "embed_dim", "embed_size"):
+            for key in ("image_size", "embed_dim", "embed_size", "prompt_size", "hq_channels", "max_points"):
                 if key in clean and (not isinstance(clean[key], int) or clean[key] > 8192):
                     raise ValueError(f"{key} must be an integer of at most 8192")
             return cls(**clean)

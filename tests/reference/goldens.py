@@ -20,7 +20,16 @@ from PIL import Image
 
 HERE = Path(__file__).parent
 # Registry name -> name of the golden files.
-FILES = {"sam_vit_b": "sam_vit_b", "mobile_sam": "mobile_sam_vit_t"}
+FILES = {
+    "sam_vit_b": "sam_vit_b", "mobile_sam": "mobile_sam_vit_t", "repvit_sam": "repvit_sam", "edge_sam": "edge_sam",
+    "sam_hq_vit_b": "sam_hq_vit_b", "sam_hq_vit_tiny": "sam_hq_vit_tiny", "efficient_sam_ti": "efficient_sam_vitt",
+    "efficient_sam_s": "efficient_sam_vits", "efficientvit_sam_l0": "efficientvit_sam_l0",
+    "sam2.1_tiny": "sam2.1_hiera_tiny", "edgetam": "edgetam", "efficienttam_ti": "efficienttam_ti",
+    "efficienttam_s": "efficienttam_s",
+}
+# Official key names and shapes without outputs.
+MANIFESTS = {"sam_vit_l": "sam_vit_l", "sam_vit_h": "sam_vit_h", "sam2.1_small": "sam2.1_hiera_small",
+             "sam2.1_base_plus": "sam2.1_hiera_base_plus", "sam2.1_large": "sam2.1_hiera_large"}
 EMBEDDINGS = re.compile(r"(token|tokens|embed|embeddings|embeddings\.\d+|invalid_points)\.weight$")
 
 
@@ -38,8 +47,12 @@ class Golden:
         with np.load(HERE / f"{name}.npz") as data:
             return cls(manifest, dict(data))
 
+    def modes(self, prompt: str) -> list[str]:
+        """The modes that the official predictor was run in for a prompt."""
+        return sorted({k.split("/")[1] for k in self.arrays if k.startswith(f"{prompt}/") and k.endswith("/iou")})
+
     def masks(self, prompt: str, mode: str) -> np.ndarray[Any, Any]:
-        """bool (M, H, W) golden masks of one prompt and mode (``single`` or ``multi``)."""
+        """bool (M, H, W) golden masks of one prompt and mode, e.g. ``single`` or ``multi``."""
         shape = (len(self.arrays[f"{prompt}/{mode}/iou"]), *self.manifest["mask_shape"])
         bits = np.unpackbits(self.arrays[f"{prompt}/{mode}/mask_bits"])
         return bits[: int(np.prod(shape))].reshape(shape).astype(bool)
@@ -92,3 +105,9 @@ def image(height: int = 480, width: int = 720, seed: int = 0) -> np.ndarray[Any,
         small = Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))
         layers.append(np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(np.uint16))
     return ((3 * layers[0] + layers[1]) // 4).astype(np.uint8)
+
+
+def sampled(full: np.ndarray[Any, Any], like: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The samples of (C, N, N) that the goldens hold in ``like``: every second channel or all, a grid from (1, 2)."""
+    step = full.shape[-1] // like.shape[-1]
+    return full[::full.shape[0] // like.shape[0], 1::step, 2::step]

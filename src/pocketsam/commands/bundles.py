@@ -23,23 +23,31 @@ from pocketsam.commands.console import (
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="Model name, see `pocketsam models`.")] = "lite0",
+    model: Annotated[str | None, typer.Argument(help="Model name, see `pocketsam models`; left out, what the "
+                                                     "checkpoint holds, or lite0.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Official checkpoint file; lite0 needs none.")] = None,
     to: Annotated[str, typer.Option(help="Formats, separated by commas, or all.")] = "onnx",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Bundle folder; default MODEL.bundle.")] = None,
     precision: Annotated[str, typer.Option(help="Precisions, separated by commas.")] = "fp32",
     slots: Annotated[int | None, typer.Option(help="Prompt slots of the decoder; default 8.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Input side instead of the model's own: a multiple of "
+                                                         "64.")] = None,
     gate: Annotated[float | None, typer.Option(help="Least mean mask agreement with PyTorch, 0 to 1.")] = None,
     parity_images: Annotated[Path | None, typer.Option(help="Folder of images to measure agreement on; default: "
                                                             "photos that ship with the package.")] = None,
     json_: Json = False,
 ) -> None:
     """Export a checkpoint to a bundle, proven against PyTorch."""
-    images = None if parity_images is None else images_in(parity_images)
+    from pocketsam.api import recognised
 
+    images = None if parity_images is None else images_in(parity_images)
+    if model is None and checkpoint is not None:
+        model = recognised(checkpoint)
+        progress(f"{checkpoint} is {model}", json_)
+    model = model or "lite0"
     bundle = pocketsam.export(model, checkpoint=checkpoint, formats=formats(to), precisions=names(precision),
                               out=output or Path(f"{model}.bundle"), slots=slots, gate=gate, images=images,
-                              report=lambda t: progress(t, json_))
+                              image_size=image_size, report=lambda t: progress(t, json_))
     if json_:
         from pocketsam.bundle import to_json
 
@@ -52,6 +60,9 @@ def export(
         shown.add_row(a.path, f"{a.bytes / 1e6:.1f}", f"{m['all']['mean']:.5f}", f"{m['all']['p5']:.5f}",
                       f"{m['all']['worst']:.5f}", f"{worst:.1e}")
     out.print(shown)
+    if native := bundle.weights.get("native_agreement"):
+        out.print(f"at {bundle.spec.image_size} instead of {native['image_size']} pixels: mean mask IoU "
+                  f"{native['all']['mean']:.4f} with PyTorch at the native size", highlight=False)
     out.print(f"{bundle.root}: {bundle.spec.name}, weights licence {bundle.weights['licence']}", highlight=False)
 
 
@@ -71,7 +82,8 @@ def verify(
 
     opened = read_bundle(bundle)
     files = photo_paths() if images is None else images_in(images)
-    reference = pocketsam.load(opened.spec.name, checkpoint=checkpoint, runtime="pytorch")
+    reference = pocketsam.load(opened.spec.name, checkpoint=checkpoint, runtime="pytorch",
+                               image_size=opened.spec.image_size)
     rows = run(opened, reference, [load_rgb(f) for f in files], seed, lambda t: progress(t, json_))
     if json_:
         print_json([r.to_json() for r in rows])
