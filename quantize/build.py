@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pocketsam import registry
 from pocketsam.api import open_bundle
 from pocketsam.bundle import Artifact, Bundle
 from pocketsam.doctor import machine
@@ -20,9 +19,9 @@ from pocketsam.images import Rgb
 from pocketsam.parity import GATES
 from pocketsam.quantize.agreement import Remembered, agreement, graph_calls, slower, time_ratio
 from pocketsam.quantize.calibration import CalibrationSet
-from pocketsam.quantize.recipes import Job, Quantizer, check
+from pocketsam.quantize.recipes import Job, check
 from pocketsam.quantize.search import Search
-from pocketsam.runtime import Runtime, Tensors
+from pocketsam.runtime import Runtime
 
 THREADS = 2
 # Decoder tensors of a batch are large; a few images with five kinds of prompt each show their ranges.
@@ -184,9 +183,9 @@ class _Pair:
         graph_spec = spec.encoder_graph() if graph == "encoder" else spec.decoder_graph(self.bundle.slots)
         calibration = self.stage.calibration
 
-        def inputs(batch: int) -> Iterable[Tensors]:
+        def inputs(batch: int) -> Iterable[dict[str, Any]]:
             if graph == "encoder":
-                return ({"image": image} for image in calibration.encoder_inputs(spec))  # type: ignore[misc]
+                return ({"image": image} for image in calibration.encoder_inputs(spec))
             few = replace(calibration, images=calibration.images[:DECODER_IMAGES])
             return few.decoder_inputs(self.reference, self.bundle.slots, batch)
 
@@ -221,17 +220,8 @@ class _Pair:
 
 def remove(path: Path) -> None:
     """Remove a file or folder that may not be there."""
-    import shutil
-
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
-
-def sampled(inputs: Iterable[Tensors], count: int) -> list[Tensors]:
-    """The first ``count`` calibration inputs."""
-    return list(islice(inputs, count))
-
-
-__all__ = ["Quantizer", "Stage", "asdict", "available", "quantize", "registry"]

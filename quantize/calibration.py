@@ -1,4 +1,4 @@
-"""Calibration data: encoder images and decoder inputs that look like use, from a folder, a pack or the shipped photos."""
+"""Calibration data from a folder, a pack or the shipped photos: encoder images, and decoder inputs that look real."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def collect(source: Path | None, spec: ModelSpec, count: int = DEFAULT_IMAGES, s
     filled = [*unique, *(_variant(unique[i % len(unique)], rng) for i in range(count - len(unique)))]
     name = "photos that ship with pocketsam" if source is None else source.name
     return CalibrationSet(tuple(filled), name, len(unique), tuple(skipped), tuple(warnings), seed,
-                          image_id(np.frombuffer("".join(sorted(set(digests)) + [str((count, seed))]).encode(),
+                          image_id(np.frombuffer("".join([*sorted(set(digests)), str((count, seed))]).encode(),
                                                  np.uint8)[None, :, None]))
 
 
@@ -124,13 +124,15 @@ def _read(source: Path | None, count: int, rng: np.random.Generator) -> tuple[li
         except ImageError as e:
             skipped.append(f"{path.name} ({e})")
     if not images:
-        raise ImageError(f"none of the {len(paths)} calibration images in {source} can be read; the first: {skipped[0]}")
+        raise ImageError(f"none of the {len(paths)} calibration images in {source} can be read; the first: "
+                         f"{skipped[0]}")
     return images, skipped
 
 
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise UsageError(f"the calibration source {folder} is neither a folder nor a pack; expected a folder of images.")
+        raise UsageError(f"the calibration source {folder} is neither a folder nor a pack; expected a folder of "
+                         f"images.")
     try:
         found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
     except OSError as e:
@@ -146,12 +148,14 @@ def _warnings(unique: Sequence[Rgb], given: int, spec: ModelSpec) -> list[str]:
         found.append(f"{given - len(unique)} of {given} calibration images are copies of others and were dropped: they "
                      "add no range that the first has not shown.")
     if len(unique) < FEW_IMAGES:
-        found.append(f"only {len(unique)} different calibration photos, filled up with crops of them: activation ranges "
+        found.append(f"only {len(unique)} different calibration photos, filled up with crops of them: "
+                     f"activation ranges "
                      f"follow those few and clip what other photos reach; give at least {FEW_IMAGES}, better "
                      f"{DEFAULT_IMAGES}, with --calibration DIR.")
     small = sum(max(i.shape[:2]) < spec.image_size for i in unique)
     if small:
-        found.append(f"{small} of {len(unique)} calibration images are smaller than the model's {spec.image_size} pixels; "
+        found.append(f"{small} of {len(unique)} calibration images are smaller than the model's "
+                     f"{spec.image_size} pixels; "
                      "scaled up they are smoother than photos, and ranges come out too narrow.")
     return found
 

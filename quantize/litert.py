@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pocketsam.batching import ENTRY_BATCHES
-from pocketsam.export.litert import _quiet as quiet, signature_name
+from pocketsam.export.litert import _quiet as quiet
+from pocketsam.export.litert import signature_name
 from pocketsam.quantize.recipes import Job
 
 WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D_TRANSPOSE", "FULLY_CONNECTED")

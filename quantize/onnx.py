@@ -1,4 +1,4 @@
-"""ONNX through ONNX Runtime's quantization tools: QDQ for ``int8``, DequantizeLinear behind weights for the other."""
+"""ONNX through ONNX Runtime's tools: QDQ for ``int8``, DequantizeLinear behind weights for the other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from onnxruntime import quantization as ortq
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from pocketsam.quantize.recipes import Job, wide_sums
-from pocketsam.runtime import Tensors
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # What stands between weighted layers; softmax, normalisation and products of computed tensors stay in float.
@@ -26,7 +25,7 @@ SMALLEST = 1024
 
 
 class OnnxQuantizer:
-    """``int8``: QDQ, weights per channel; ``int8-weights``: int8 weights that are expanded when the model loads.
+    """``int8``: QDQ, u8 activations, s8 weights per channel, 7 bits where sums saturate; ``int8-weights``.
 
     Dynamic int8 is refused: ONNX Runtime turns convolutions into ConvInteger, which is several times slower than float.
     """
@@ -59,10 +58,12 @@ class OnnxQuantizer:
         wanted = {n.name for n in self._weighted(model)} - keep
         chosen = [n.name for n in model.graph.node if n.name in wanted or n.op_type in BETWEEN]
         with quiet():
+            # Unsigned weights would not saturate either, and are ten times slower than fp32 on AVX2.
             ortq.quantize_static(
                 str(self._prepared), str(path), _Reader(self.job.inputs(1)), quant_format=ortq.QuantFormat.QDQ,
-                per_channel=True, activation_type=ortq.QuantType.QUInt8,
-                weight_type=weight_type(), op_types_to_quantize=[*WEIGHTED, *BETWEEN], nodes_to_quantize=chosen,
+                per_channel=True, reduce_range=not wide_sums(), activation_type=ortq.QuantType.QUInt8,
+                weight_type=ortq.QuantType.QInt8, op_types_to_quantize=[*WEIGHTED, *BETWEEN],
+                nodes_to_quantize=chosen,
                 # Written by the first call and read by the following ones.
                 calibration_cache_path=Path(self._folder.name) / "ranges.json")
 
@@ -89,11 +90,6 @@ class OnnxQuantizer:
         onnx.save(model, str(path))
 
 
-def weight_type() -> Any:
-    """Signed weights where u8 x s8 sums do not saturate, unsigned ones elsewhere (docs/adr/0006-int8.md has figures)."""
-    return ortq.QuantType.QInt8 if wide_sums() else ortq.QuantType.QUInt8
-
-
 def _transposed(node: Any) -> bool:
     return node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
 
@@ -111,13 +107,13 @@ def _dequantized(graph: Any, weight: Any, axis: int) -> str:
     return names[2]
 
 
-class _Reader(ortq.CalibrationDataReader):
+class _Reader(ortq.CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
     """Hands calibration inputs out one at a time."""
 
-    def __init__(self, inputs: Iterable[Tensors]) -> None:
-        self._inputs: Iterator[Tensors] = iter(inputs)
+    def __init__(self, inputs: Iterable[dict[str, Any]]) -> None:
+        self._inputs: Iterator[dict[str, Any]] = iter(inputs)
 
-    def get_next(self) -> Tensors | None:
+    def get_next(self) -> dict[str, Any] | None:
         return next(self._inputs, None)
 
 

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 from pocketsam import registry
 from pocketsam.doctor import machine
 from pocketsam.errors import MissingDependency, UnknownName, UnsupportedModel
-from pocketsam.runtime import Tensors
 from pocketsam.specs import GraphSpec
 
 RECIPES = {
@@ -56,7 +55,7 @@ class Job:
     source: Path
     module: Any
     recipe: str
-    inputs: Callable[[int], Iterable[Tensors]]
+    inputs: Callable[[int], Iterable[dict[str, Any]]]
     threads: int = 2
 
 

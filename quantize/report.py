@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +57,9 @@ class Row:
         three = [" / ".join(f"{self.measured[k][n]:.3f}" for n in ("mean", "p5", "worst")) for k in ("box", "point")]
         kept = "-" if self.retention is None else f"{self.retention['box']:.3f} / {self.retention['point']:.3f}"
         ratio = self.encoder.get("time_ratio")
-        return [self.format, self.recipe, f"{self.encoder_bytes / 1e6:.2f}", f"{self.encoder['size_ratio']:.2f}", *three,
-                f"{self.measured['flip_rate']:.1%}", kept, "not measurable here" if ratio is None else f"{ratio:.2f} x",
+        return [self.format, self.recipe, f"{self.encoder_bytes / 1e6:.2f}", f"{self.encoder['size_ratio']:.2f}",
+                *three, f"{self.measured['flip_rate']:.1%}", kept,
+                "not measurable here" if ratio is None else f"{ratio:.2f} x",
                 "yes" if self.encoder.get("slower") else "no",
                 f"float: {self.decoder['kept_in_float']}" if self.decoder.get("kept_in_float") else "int8",
                 str(len(self.encoder.get("float_layers", [])))]
@@ -118,15 +118,12 @@ def _row(reference: Predictor, candidate: Predictor, samples: Sequence[Labelled]
         reference.set_image(sample.image)
         candidate.set_image(sample.image)
         asked = sample_prompts(reference, height, width, PROMPTS_PER_IMAGE, rng)
-        drawn: list[Bools | None] = [None] * len(asked)
         true = [(kind, prompt, region) for region in sample.regions for kind, prompt in _of(region, reference)]
         prompts = [*asked, *((k, p) for k, p, _ in true)]
         ours, theirs = (_answers(p, prompts) for p in (reference, candidate))
-        for (kind, _), region, (a, token), (b, other) in zip_longest(
-                prompts, [*drawn, *(t for _, _, t in true)], ours, theirs, fillvalue=None):  # type: ignore[misc]
-            if region is not None:
-                truths[kind].append((mask_iou(a, region), mask_iou(b, region)))
-                continue
+        for (kind, _, region), (a, _), (b, _) in zip(true, ours[len(asked):], theirs[len(asked):], strict=True):
+            truths[kind].append((mask_iou(a, region), mask_iou(b, region)))
+        for (kind, _), (a, token), (b, other) in zip(asked, ours, theirs, strict=False):
             iou = mask_iou(a, b)
             total.ious[kind].append(iou)
             total.flips += token != other
@@ -168,5 +165,3 @@ def _answers(predictor: Predictor, prompts: Sequence[tuple[str, Prompt]]) -> lis
     frame = predictor.current.frame
     return [(masks_from_logits(logits[i, t][None], frame)[0], t) for i, t in enumerate(tokens)]
 
-
-__all__ = ["Case", "Row", "measure", "replace"]

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from pocketsam.errors import PocketSamError
@@ -73,7 +73,7 @@ class Search:
         keep: frozenset[str] = frozenset()
         path: list[dict[str, Any]] = []
         while left and time.monotonic() < end:
-            scores = {}
+            scores: dict[frozenset[str], dict[str, Any]] = {}
             for group in left:
                 if scores and time.monotonic() >= end:
                     break
@@ -104,5 +104,3 @@ class Search:
                 staged.write_text(json.dumps(self.known), encoding="utf-8")
         return self.known[name]
 
-
-__all__ = ["Found", "Search", "asdict"]

@@ -25,7 +25,8 @@ def load(source: str | Path = BUILTIN_MODEL, *, runtime: str = "auto", checkpoin
         runtime: ``onnxruntime``, ``openvino``, ``litert``, ``coreml``, ``pytorch``, or ``auto``: the fastest runtime of
             this bundle, measured here once (a few seconds) and remembered.
         checkpoint: official checkpoint file, for ``runtime="pytorch"``; lite0's ships with the package.
-        precision: ``fp32``, ``fp16``, ``int8`` (or another recipe of the bundle), or ``auto`` to let the measurement choose that too.
+        precision: ``fp32``, ``fp16``, ``int8`` (or another recipe that the bundle holds), or ``auto`` to let the
+            measurement choose that too.
         threads: CPU threads; the engine's default when None.
 
     Raises:

@@ -15,7 +15,8 @@ def quantize(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder with fp32 artifacts.")],
     checkpoint: Annotated[Path | None, typer.Option(help="The checkpoint it was exported from; lite0 needs "
                                                          "none.")] = None,
-    recipe: Annotated[str, typer.Option(help="Recipes, separated by commas: int8, int8-dynamic, int8-weights.")] = "int8",
+    recipe: Annotated[str, typer.Option(help="Recipes, separated by commas: int8, int8-dynamic, "
+                                             "int8-weights.")] = "int8",
     calibration: Annotated[Path | None, typer.Option(help="Folder or pack of images to calibrate on; default: the "
                                                           "shipped photos and crops of them.")] = None,
     gate: Annotated[float | None, typer.Option(help="Least mean mask agreement with PyTorch; default 0.97.")] = None,
