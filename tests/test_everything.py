@@ -15,7 +15,7 @@ from blobs import BlobRuntime
 
 import pocketsam
 from pocketsam import rle
-from pocketsam.candidates import Store, iou, suppress
+from pocketsam.candidates import Store, find, iou, restore, suppress, tight_box
 from pocketsam.errors import UsageError
 from pocketsam.everything import MaskRecord, Settings, default_settings, segment_everything
 from pocketsam.geometry import Frame, upscale_logits
@@ -25,7 +25,7 @@ from pocketsam.models.catalog import spec as spec_of
 from pocketsam.photos import photo_paths
 from pocketsam.predictor import Predictor
 from pocketsam.regions import clean, label_regions
-from pocketsam.windows import Window, upscale_bands
+from pocketsam.windows import Window, shape_of, to_image, upscale_bands
 
 TOY = Settings(points_per_side=8, pred_iou=0.3, stability=0.5)
 # The toy network's masks mean nothing and cover half the photo: only with these settings several remain.
@@ -66,6 +66,23 @@ def test_equals_the_plain_implementation(toy: Predictor, settings: Settings) -> 
 def test_odd_photos(toy: Predictor, shape: tuple[int, int]) -> None:
     rgb = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     assert same_masks(toy, rgb, replace(TOY, stability=0.3)) >= 1
+
+
+def test_bounds_hold_for_a_lone_cell() -> None:
+    """A cell barely above zero among strong negatives gives no pixel: it must not stretch the inner bound."""
+    frame = Frame.of(427, 640, spec_of("lite0"))
+    low_res = np.full((1, 4, 128, 128), -3, np.float32)
+    low_res[..., 4:20, 10:60] = 3
+    low_res[..., 60, 30] = 1e-3
+    found = list(find(low_res, np.ones((1, 4), np.float32), 0, frame, 0.2, 0.1, 1.0))
+    assert len(found) == 3
+    for c in found:
+        shape = shape_of(restore(c, 128), frame, to_image(c.cells, frame, 128, 1 + 128 / 512), 1.0)
+        box = tight_box(shape)
+        assert box is not None
+        assert box[3] < 150, "the lone cell left no pixel"
+        assert all(c.outer[i] <= box[i] <= c.inner[i] for i in (0, 1))
+        assert all(c.inner[i] <= box[i] <= c.outer[i] for i in (2, 3))
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ def find(low_res: Floats, scores: Floats, first_point: int, frame: Frame, least_
         positive, cells = positive_cells(inside, 0), positive_cells(inside, -offset)
         if positive is None or cells is None:
             continue
-        inner_box, outer_box = _box_bounds(positive, frame, m)
+        inner_box, outer_box = _inner_bound(inside, frame, m), _outer_bound(positive, frame, m)
         yield Candidate(float(scores[b, token + 1]), first_point + int(b), int(token) + 1, cells, inner_box, outer_box,
                         _cut(logits, cells))
 
@@ -185,17 +185,30 @@ def _content(frame: Frame, m: int) -> tuple[int, int]:
     return -(-frame.content_height * m // frame.size), -(-frame.content_width * m // frame.size)
 
 
-def _box_bounds(cells: Window, frame: Frame, m: int) -> tuple[tuple[float, float, float, float],
-                                                              tuple[float, float, float, float]]:
-    """The mask reaches the centre of its outermost positive cells (less one pixel of sampling) and not the next's."""
+def _inner_bound(inside: Floats, frame: Frame, m: int) -> tuple[float, float, float, float]:
+    """A box that the mask's box surely contains; without area where nothing is sure.
+
+    One positive cell promises no positive pixel, since no pixel lies on its centre. Between the centres of four
+    positive neighbours every pixel is positive, and with three frame pixels there a photo pixel surely lies between.
+    """
+    sx, sy = frame.width / frame.content_width, frame.height / frame.content_height
+    blocks = np.minimum(np.minimum(inside[:-1, :-1], inside[1:, :-1]), np.minimum(inside[:-1, 1:], inside[1:, 1:]))
+    cells = positive_cells(blocks, 0) if blocks.size and min(sx, sy) > 0.5 else None
+    if cells is None:
+        return 0, 0, -1, -1
+    cell = frame.size / m
+    return ((cells.x0 + 0.625) * cell * sx + 1, (cells.y0 + 0.625) * cell * sy + 1,
+            min(frame.width - 1, (cells.x1 + 0.375) * cell * sx) - 2,
+            min(frame.height - 1, (cells.y1 + 0.375) * cell * sy) - 2)
+
+
+def _outer_bound(cells: Window, frame: Frame, m: int) -> tuple[float, float, float, float]:
+    """A box that surely contains the mask's: it ends before the centres of the cells beside the positive ones."""
     cell = frame.size / m
     sx, sy = frame.width / frame.content_width, frame.height / frame.content_height
-    right, bottom = frame.width - 1, frame.height - 1
-    inner = ((cells.x0 + 0.5) * cell * sx + 1, (cells.y0 + 0.5) * cell * sy + 1,
-             min(right, (cells.x1 - 0.5) * cell * sx) - 2, min(bottom, (cells.y1 - 0.5) * cell * sy) - 2)
-    outer = (max(0, ((cells.x0 - 0.5) * cell - 1) * sx - 1), max(0, ((cells.y0 - 0.5) * cell - 1) * sy - 1),
-             min(right, ((cells.x1 + 0.5) * cell + 1) * sx), min(bottom, ((cells.y1 + 0.5) * cell + 1) * sy))
-    return inner, outer
+    return (max(0, ((cells.x0 - 0.5) * cell - 1) * sx - 1), max(0, ((cells.y0 - 0.5) * cell - 1) * sy - 1),
+            min(frame.width - 1, ((cells.x1 + 0.5) * cell + 1) * sx),
+            min(frame.height - 1, ((cells.y1 + 0.5) * cell + 1) * sy))
 
 
 def _grown(cells: Window, m: int) -> tuple[slice, slice]:
