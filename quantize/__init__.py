@@ -1,1 +1,0 @@
-"""int8: calibration data, recipes, one file per format, and the search for layers that must stay in float."""
