@@ -6,6 +6,7 @@ import hashlib
 import pickle
 import zipfile
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pocketsam import registry
-from pocketsam.errors import CheckpointError
+from pocketsam.errors import CheckpointError, UsageError
 from pocketsam.models.catalog import spec as spec_of
 from pocketsam.models.checkpoints import FINGERPRINTS
 from pocketsam.models.keys import rename
@@ -29,8 +30,14 @@ def load_model(name: str, checkpoint: Path, image_size: int | None = None) -> Se
 
     Raises:
         CheckpointError: unreadable, unsafe, or keys and shapes of another model.
+        UsageError: the model has no other input side than its own.
     """
-    build = partial(registry.load("model", name), **({} if image_size is None else {"image_size": image_size}))
+    build = registry.load("model", name)
+    if image_size not in (None, spec_of(name).image_size):
+        if "image_size" not in signature(build).parameters:
+            raise UsageError(f"{name} has one input side, {spec_of(name).image_size}, and cannot be loaded for "
+                             f"{image_size}; leave the image size out.")
+        build = partial(build, image_size=image_size)
     official = read_state_dict(checkpoint)
     state = translate(spec_of(name).family, official)
     with torch.device("meta"):
