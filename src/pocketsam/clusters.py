@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,12 @@ def run_ray(job: Job, photos: Sequence[Path], workers: int, report: Report, addr
         OutputError: the output folder is full or not writable.
         WorkerError: Ray gave up.
     """
+    # Ray prints remarks, where a machine may be reading the command's JSON.
+    with redirect_stdout(sys.stderr):
+        return _run(job, photos, workers, report, address)
+
+
+def _run(job: Job, photos: Sequence[Path], workers: int, report: Report, address: str | None) -> list[Done]:
     try:
         ray = importlib.import_module("ray")
         data = importlib.import_module("ray.data")
