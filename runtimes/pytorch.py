@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from pocketsam.errors import UsageError
-from pocketsam.geometry import Floats, Frame
+from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
 from pocketsam.models.loading import load_model, weights_sha256
 from pocketsam.models.sam import SegmentAnything
 from pocketsam.prompts import EMPTY_SLOT
+from pocketsam.resampling import Floats
 from pocketsam.runtime import Features, Tensors
 
 # The official decoder takes any number of points; this only bounds the arrays that carry them.

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketsam.geometry import Floats, Frame
+from pocketsam.geometry import Frame
+from pocketsam.resampling import Floats
 from pocketsam.windows import REACH, Shape, Window, positive_cells, shape_of, to_image
 
 # Candidates' logits in memory at once; above it the least likely ones are dropped and decoded again if needed.

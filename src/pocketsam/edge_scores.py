@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketsam.errors import MissingDependency
-from pocketsam.geometry import Bools, Floats
+from pocketsam.geometry import Bools
+from pocketsam.resampling import Floats
 
 # The benchmark's: two pixels match up to this fraction of the photo's diagonal apart.
 TOLERANCE = 0.0075

@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from pocketsam.candidates import Candidate, Store, find, restore, select
 from pocketsam.everything import decode_points
-from pocketsam.geometry import Bools, Floats, Frame
+from pocketsam.geometry import Bools, Frame
 from pocketsam.grids import point_grid
 from pocketsam.images import ImageLike, load_rgb
+from pocketsam.resampling import Floats
 from pocketsam.windows import Window, upscale_bands
 
 if TYPE_CHECKING:

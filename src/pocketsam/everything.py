@@ -17,10 +17,11 @@ from pocketsam import rle
 from pocketsam.candidates import Candidate, Store, find, select, suppress
 from pocketsam.embedding import Embedding
 from pocketsam.errors import UsageError
-from pocketsam.geometry import Bools, Floats
+from pocketsam.geometry import Bools
 from pocketsam.grids import Crop, crops, point_grid
 from pocketsam.images import ImageLike, Rgb, load_rgb
 from pocketsam.prompts import Prompt, decoder_inputs
+from pocketsam.resampling import Floats
 from pocketsam.windows import Shape
 
 if TYPE_CHECKING:

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from pocketsam.geometry import Bools, Floats, masks_from_logits
+from pocketsam.geometry import Bools, masks_from_logits
 from pocketsam.images import Rgb
 from pocketsam.predictor import Predictor
 from pocketsam.prompts import Prompt
+from pocketsam.resampling import Floats
 
 GATES = {"fp32": 0.999, "fp16": 0.995, "int8": 0.97}
 PROMPTS_PER_IMAGE = 8

@@ -12,9 +12,10 @@ from numpy.typing import ArrayLike
 
 from pocketsam.embedding import Embedding, check_identity, load_embedding
 from pocketsam.errors import EmbeddingError, PromptError
-from pocketsam.geometry import Bools, Floats, Frame, masks_from_logits, to_exact_image, to_model_image
+from pocketsam.geometry import Bools, Frame, masks_from_logits, to_exact_image, to_model_image
 from pocketsam.images import ImageLike, Rgb, image_id, load_rgb
 from pocketsam.prompts import Prompt, decoder_inputs
+from pocketsam.resampling import Floats
 from pocketsam.runtime import Runtime
 from pocketsam.specs import ModelSpec
 

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pocketsam.errors import PromptError
-from pocketsam.geometry import Floats, Frame
+from pocketsam.geometry import Frame
+from pocketsam.resampling import Floats
 from pocketsam.specs import ModelSpec
 
 EMPTY_SLOT, PADDING_POINT, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -2.0, -1.0, 2.0, 3.0

@@ -7,8 +7,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketsam.geometry import Floats, Frame
+from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
+from pocketsam.resampling import Floats
 from pocketsam.specs import ModelSpec
 
 Features = dict[str, Floats]

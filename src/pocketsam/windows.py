@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pocketsam.geometry import BAND_PIXELS, Bools, Floats, Frame
+from pocketsam.geometry import Bools, Frame
+from pocketsam.resampling import BAND_PIXELS, Floats
 
 # Two interpolations of one cell each.
 REACH = 2
