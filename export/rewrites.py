@@ -31,6 +31,7 @@ def prepare(model: SegmentAnything) -> SegmentAnything:
     merge_branches(model)
     fuse_conv_bn(model)
     freeze_tables(model)
+    split_heads(model)
     merge_laterals(model.image_encoder)
     fold_std(model)
     matmul_upscale(model.mask_decoder)
@@ -120,6 +121,24 @@ def freeze_tables(module: nn.Module) -> None:
             child.frozen_positions = child.positions().detach().clone().contiguous()
         elif isinstance(child, GlobalAttention):
             child.freeze()
+
+
+def split_heads(module: nn.Module) -> None:
+    """Reason: OpenVINO copies the interleaved q, k, v three times; three products go straight into its attention."""
+    for child in module.modules():
+        if isinstance(child, WindowAttention):
+            child.split = nn.ModuleList(_part(child, i) for i in range(3))
+
+
+def _part(attention: WindowAttention, index: int) -> nn.Linear:
+    """The rows of q, k or v of TinyViT's joint projection as a linear layer of its own."""
+    source = attention.qkv
+    out = nn.Linear(source.in_features, source.out_features // 3)
+    width = out.out_features // attention.heads
+    rows = torch.arange(source.out_features).reshape(attention.heads, 3, width)[:, index].flatten()
+    out.weight.copy_(source.weight[rows])
+    out.bias.copy_(source.bias[rows])
+    return out
 
 
 def fold_std(model: SegmentAnything) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 class LayerNorm2d(nn.Module):
     """Layer normalisation over the channels of an NCHW tensor, eps 1e-6 (official ``modeling/common.py``).
 
-    Written as a permuted ``layer_norm`` because every runtime has one fused kernel for that.
+    Written as a permuted ``layer_norm`` because every runtime has one fused kernel for that; on rows of three
+    dimensions, because OpenVINO carries a convolution's layout into 4-D maps and then reorders them.
     """
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
@@ -20,8 +21,19 @@ class LayerNorm2d(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), self.weight, self.bias, self.eps)
-        return y.permute(0, 3, 1, 2)
+        y = F.layer_norm(to_rows(x), (x.shape[1],), self.weight, self.bias, self.eps)
+        return to_map(y, x.shape[2], x.shape[3])
+
+
+def to_rows(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H * W, C)."""
+    b, c, h, w = x.shape
+    return x.permute(0, 2, 3, 1).reshape(b, h * w, c)
+
+
+def to_map(x: Tensor, height: int, width: int) -> Tensor:
+    """Inverse of :func:`to_rows`: (B, H * W, C) -> (B, C, H, W)."""
+    return x.reshape(x.shape[0], height, width, x.shape[-1]).permute(0, 3, 1, 2)
 
 
 class MlpBlock(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pocketsam.models.layers import merge_windows, neck, partition_windows
+from pocketsam.models.layers import merge_windows, neck, partition_windows, to_map, to_rows
 
 
 class ConvBn(nn.Sequential):
@@ -102,6 +102,8 @@ class Attention(nn.Module):
         self.register_buffer("bias_index", offset_index(window), persistent=False)
         # Set by export to the gathered table, so that graphs hold it as one constant.
         self.frozen_bias: Tensor | None = None
+        # Set by export to one layer for each of q, k and v.
+        self.split: nn.ModuleList | None = None
 
     def bias(self) -> Tensor:
         """(heads, window^2, window^2)."""
@@ -110,12 +112,21 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, window^2, C) -> same."""
         b, n, c = x.shape
-        # The official layout interleaves q, k, v within each head.
-        q, k, v = self.qkv(self.norm(x)).reshape(b, n, self.heads, -1).transpose(1, 2).chunk(3, dim=-1)
+        q, k, v = self.project(self.norm(x))
         logits = (q @ k.transpose(-1, -2)) * self.scale + self.bias()
         y = (logits.softmax(-1) @ v).transpose(1, 2).reshape(b, n, c)
         out: Tensor = self.proj(y)
         return out
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, C) -> q, k, v, each (B, heads, N, d)."""
+        b, n, _ = x.shape
+        if self.split is not None:
+            q, k, v = (part(x).reshape(b, n, self.heads, -1).transpose(1, 2) for part in self.split)
+            return q, k, v
+        # The official layout interleaves q, k, v within each head.
+        q, k, v = self.qkv(x).reshape(b, n, self.heads, -1).transpose(1, 2).chunk(3, dim=-1)
+        return q, k, v
 
 
 class Mlp(nn.Module):
@@ -144,12 +155,12 @@ class Block(nn.Module):
         self.mlp = Mlp(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        _, _, h, w = x.shape
-        y = x.permute(0, 2, 3, 1)
-        y = y + merge_windows(self.attn(partition_windows(y, self.window)), self.window, h, w)
-        y = self.local_conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        z: Tensor = y + self.mlp(y)
-        return z.permute(0, 3, 1, 2)
+        b, c, h, w = x.shape
+        y = to_rows(x)
+        windows = self.attn(partition_windows(y.reshape(b, h, w, c), self.window))
+        y = y + merge_windows(windows, self.window, h, w).reshape(b, h * w, c)
+        y = to_rows(self.local_conv(to_map(y, h, w)))
+        return to_map(y + self.mlp(y), h, w)
 
 
 class AttentionStage(nn.Module):
