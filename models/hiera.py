@@ -62,18 +62,22 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape
+        x = x.reshape(b, h * w, c)
         y = self.norm1(x)
         if self.proj is not None:
             x = self.proj(y)
-            x = pool(x) if self.pooled else x
+            x = pool(x.reshape(b, h, w, -1)).flatten(1, 2) if self.pooled else x
         if self.window:
-            y = self.attn(partition_windows(y, self.window), self.window)
-            y = merge_windows(y, self.window // 2 if self.pooled else self.window, x.shape[1], x.shape[2])
+            y = self.attn(partition_windows(y.reshape(b, h, w, c), self.window), self.window)
         else:
-            y = self.attn(y.reshape(b, h * w, c), h).reshape(x.shape)
+            y = self.attn(y, h)
+        if self.pooled:
+            h, w = h // 2, w // 2
+        if self.window:
+            y = merge_windows(y, self.window // 2 if self.pooled else self.window, h, w).reshape(x.shape)
         x = x + y
-        z: Tensor = x + self.mlp(self.norm2(x))
-        return z
+        x = x + self.mlp(self.norm2(x))
+        return x.reshape(b, h, w, -1)
 
 
 class Hiera(nn.Module):

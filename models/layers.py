@@ -128,3 +128,36 @@ def cubic_table(table: Tensor, side: int) -> Tensor:
     if table.shape[-1] == side:
         return table
     return F.interpolate(table, size=(side, side), mode="bicubic", align_corners=False)
+
+
+class VitBlock(nn.Module):
+    """Pre-norm transformer block on a (B, H, W, C) map.
+
+    Everything between the reshapes runs on rows (B, H * W, C), see :class:`LayerNorm2d` for the reason.
+
+    Args:
+        attn: self-attention over (B, N, C).
+        window: side of the attention windows, which are zero-padded after the norm; 0 for global attention.
+    """
+
+    def __init__(self, dim: int, attn: nn.Module, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MlpBlock(dim, 4 * dim, nn.GELU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h, w, c = x.shape
+        rows = x.reshape(b, h * w, c)
+        y = self.norm1(rows)
+        if self.window:
+            windows = self.attn(partition_windows(y.reshape(b, h, w, c), self.window))
+            y = merge_windows(windows, self.window, h, w).reshape(b, h * w, c)
+        else:
+            y = self.attn(y)
+        rows = rows + y
+        rows = rows + self.mlp(self.norm2(rows))
+        z: Tensor = rows.reshape(b, h, w, c)
+        return z

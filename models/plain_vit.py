@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pocketsam.models.layers import MlpBlock, attention, cubic_table, merge_windows, neck, partition_windows
+from pocketsam.models.layers import VitBlock, attention, cubic_table, neck
 from pocketsam.models.sam_vit import PatchEmbed
 
 TABLE_SIDE = 14
@@ -29,29 +29,6 @@ class Attention(nn.Module):
         return y
 
 
-class Block(nn.Module):
-    """Transformer block on (B, H, W, C); ``window`` 0 means global attention."""
-
-    def __init__(self, dim: int, heads: int, window: int) -> None:
-        super().__init__()
-        self.window = window
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MlpBlock(dim, 4 * dim, nn.GELU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, h, w, c = x.shape
-        y = self.norm1(x)
-        if self.window:
-            y = merge_windows(self.attn(partition_windows(y, self.window)), self.window, h, w)
-        else:
-            y = self.attn(y.reshape(b, h * w, c)).reshape(b, h, w, c)
-        x = x + y
-        z: Tensor = x + self.mlp(self.norm2(x))
-        return z
-
-
 class PlainVit(nn.Module):
     """ViT with SAM's neck.
 
@@ -69,7 +46,8 @@ class PlainVit(nn.Module):
         self.patch_embed = PatchEmbed(dim, 16)
         self.pos_embed = nn.Parameter(torch.zeros(1, TABLE_SIDE**2 + 1, dim))
         self.blocks = nn.ModuleList(
-            Block(dim, heads, 0 if global_blocks is None or i in global_blocks else window) for i in range(depth))
+            VitBlock(dim, Attention(dim, heads), 0 if global_blocks is None or i in global_blocks else window)
+            for i in range(depth))
         self.neck = neck(dim, out)
         self.no_mem_embed = nn.Parameter(torch.zeros(1, 1, out)) if memory_embed else None
         # Set by export to the interpolated table, so that graphs hold it as one constant.

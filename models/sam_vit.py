@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pocketsam.models.layers import MlpBlock, cubic_table, merge_windows, neck, partition_windows
+from pocketsam.models.layers import VitBlock, cubic_table, neck
 
 
 def relative_table(side: int, table: Tensor) -> Tensor:
@@ -69,29 +69,6 @@ class Attention(nn.Module):
         return out
 
 
-class Block(nn.Module):
-    """Transformer block; ``window`` 0 means global attention over the whole map of side ``side``."""
-
-    def __init__(self, dim: int, heads: int, window: int, side: int, table_side: int) -> None:
-        super().__init__()
-        self.window = window
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads, window or side, window or table_side)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MlpBlock(dim, 4 * dim, nn.GELU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> same; windows are zero-padded after the norm, and padding takes part in attention."""
-        b, h, w, c = x.shape
-        y = self.norm1(x)
-        if self.window:
-            y = merge_windows(self.attn(partition_windows(y, self.window)), self.window, h, w)
-        else:
-            y = self.attn(y.reshape(b, h * w, c)).reshape(b, h, w, c)
-        x = x + y
-        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]  # nn.Module calls are untyped
-
-
 class PatchEmbed(nn.Module):
     """Non-overlapping patches: (B, 3, S, S) -> (B, S / p, S / p, C)."""
 
@@ -122,12 +99,15 @@ class SamVit(nn.Module):
         self.patch_embed = PatchEmbed(dim, 16)
         self.pos_embed = nn.Parameter(torch.zeros(1, table_side, table_side, dim))
         self.blocks = nn.ModuleList(
-            Block(dim, heads, 0 if i in global_blocks else window, self.side, table_side) for i in range(depth)
+            self._block(dim, heads, 0 if i in global_blocks else window, table_side) for i in range(depth)
         )
         self.early_block = min(global_blocks)
         self.neck = neck(dim, out)
         # Set by export to the interpolated table, so that graphs hold it as one constant.
         self.frozen_positions: Tensor | None = None
+
+    def _block(self, dim: int, heads: int, window: int, table_side: int) -> VitBlock:
+        return VitBlock(dim, Attention(dim, heads, window or self.side, window or table_side), window)
 
     @property
     def stem(self) -> nn.Module:
