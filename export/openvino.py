@@ -36,8 +36,11 @@ class OpenVinoExporter:
     def export(graph: EncoderGraph | DecoderGraph, spec: GraphSpec, precision: str, path: Path) -> None:
         """Convert one graph and write its folder."""
         with tempfile.TemporaryDirectory() as folder:
-            onnx_file = Path(folder) / "graph.onnx"
-            OnnxExporter.export(graph, spec, "fp32", onnx_file)
+            # The same export made the ONNX artifact of this graph a moment ago, where both formats are asked for.
+            onnx_file = path.parents[1] / "onnx" / f"{spec.name}.fp32.onnx"
+            if not onnx_file.is_file():
+                onnx_file = Path(folder) / "graph.onnx"
+                OnnxExporter.export(graph, spec, "fp32", onnx_file)
             model = ov.convert_model(onnx_file)
             path.mkdir()
             ov.save_model(model, path / MODEL_FILE, compress_to_fp16=precision == "fp16")
