@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pocketsam.models.efficient_vit import ConvLayer
 from pocketsam.models.fpn import PyramidEncoder
+from pocketsam.models.hiera import Block as HieraBlock
 from pocketsam.models.hiera import Hiera
-from pocketsam.models.layers import LayerNorm2d
+from pocketsam.models.layers import LayerNorm2d, VitBlock
 from pocketsam.models.mask_decoder import Attention, MaskDecoder, TwoWayBlock
 from pocketsam.models.plain_vit import PlainVit
 from pocketsam.models.rep_vit import RepMixer
@@ -23,6 +25,7 @@ from pocketsam.models.sam_vit import Attention as GlobalAttention
 from pocketsam.models.sam_vit import SamVit
 from pocketsam.models.tiny_vit import Attention as WindowAttention
 from pocketsam.models.tiny_vit import ConvBn
+from pocketsam.models.tiny_vit import Mlp as TinyMlp
 
 
 @torch.no_grad()
@@ -32,6 +35,7 @@ def prepare(model: SegmentAnything) -> SegmentAnything:
     fuse_conv_bn(model)
     freeze_tables(model)
     split_heads(model)
+    fold_norms(model)
     merge_laterals(model.image_encoder)
     fold_std(model)
     matmul_upscale(model.mask_decoder)
@@ -139,6 +143,26 @@ def _part(attention: WindowAttention, index: int) -> nn.Linear:
     out.weight.copy_(source.weight[rows])
     out.bias.copy_(source.bias[rows])
     return out
+
+
+def fold_norms(module: nn.Module) -> None:
+    """Reason: LiteRT runs a norm's scale and shift as two passes over memory; the linear layer behind can take both."""
+    for child in module.modules():
+        if isinstance(child, WindowAttention) and child.split is not None:
+            child.norm = _plain_norm(child.norm, list(child.split))
+        elif isinstance(child, TinyMlp):
+            child.norm = _plain_norm(child.norm, [child.fc1])
+        elif isinstance(child, (HieraBlock, VitBlock)):
+            child.norm2 = _plain_norm(child.norm2, [child.mlp.lin1])
+
+
+def _plain_norm(norm: nn.LayerNorm, behind: Sequence[nn.Module]) -> nn.LayerNorm:
+    """The norm without scale and shift, which move into every layer that reads it."""
+    for linear in behind:
+        assert isinstance(linear, nn.Linear)
+        linear.bias.copy_(linear.bias.double() + linear.weight.double() @ norm.bias.double())
+        linear.weight.mul_(norm.weight)
+    return nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
 
 
 def fold_std(model: SegmentAnything) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import pocketsam
-from pocketsam.commands import bundles, everything, info, segment, tasks
+from pocketsam.commands import bench, bundles, everything, info, segment, tasks
 from pocketsam.commands.console import err, escape, out
 from pocketsam.errors import PocketSamError
 
@@ -17,6 +17,7 @@ app = typer.Typer(help="Segment Anything on phones, browsers and boards: export,
 for command in (info.models, bundles.export, segment.segment, everything.everything, tasks.instances, tasks.proposals,
                 tasks.edges, bundles.verify, bundles.tune, info.demo, info.doctor):
     app.command()(command)
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

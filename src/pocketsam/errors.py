@@ -71,5 +71,9 @@ class LabelError(PocketSamError):
     """Detections, annotations or a labelled pack that cannot be understood."""
 
 
+class BenchmarkError(PocketSamError):
+    """Benchmark results that cannot be read, merged or compared."""
+
+
 class UsageError(PocketSamError):
     """A combination of arguments that has no meaning."""

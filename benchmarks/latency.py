@@ -1,0 +1,259 @@
+"""Latency, load time and peak memory, measured so that the ratios can be trusted.
+
+Every target lives in a process of its own, pinned to as many cores as it has threads. Targets take turns, round by
+round, so that a drift of the machine meets all of them. A probe of fixed work runs before each turn; a round in which
+the probe was slowed is measured again, a bounded number of times. Both graphs share one process, because that is what
+an application loads: peak memory is that of the pair.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketsam.benchmarks.statistics import disturbed, ratio, summary
+from pocketsam.benchmarks.targets import EVALUATOR_NOTE, Target
+
+GRAPHS = ("encoder", "decoder")
+TOLERANCE = 0.2
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        rounds: turns of each target.
+        calls: timed calls of each graph in a turn, after one that only wakes the threads.
+        warmup: calls before the first round.
+        extra: rounds that may be measured again because the machine was disturbed.
+        cold: open everything once more with empty caches, for the cold start.
+    """
+
+    rounds: int = 10
+    calls: tuple[int, int] = (2, 20)
+    warmup: int = 5
+    extra: int = 5
+    cold: bool = True
+
+
+QUICK = Plan(rounds=3, calls=(1, 5), warmup=1, extra=0, cold=False)
+
+
+@dataclass
+class Measured:
+    """What was seen of one target.
+
+    Attributes:
+        status: ``ok``, or what went wrong or why it is not timed.
+        facts: of the opening: load_ms, first_ms by graph, version, note.
+        cold: the same with empty caches, or empty.
+        times: graph -> for each kept round the call times in milliseconds.
+    """
+
+    target: Target
+    status: str = "ok"
+    facts: dict[str, Any] = field(default_factory=dict)
+    cold: dict[str, Any] = field(default_factory=dict)
+    peak_mb: float = 0.0
+    times: dict[str, list[list[float]]] = field(default_factory=lambda: {g: [] for g in GRAPHS})
+
+
+class Worker:
+    """A target's process."""
+
+    def __init__(self, target: Target, cache: Path) -> None:
+        command = [sys.executable, "-m", "pocketsam.benchmarks.worker", json.dumps(asdict(target))]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, encoding="utf-8",
+                                        env={**os.environ, "POCKETSAM_CACHE": str(cache)})
+        self.facts = self._read()
+
+    def time(self, graph: str, count: int) -> dict[str, Any]:
+        """``times``: milliseconds of ``count`` calls, readback included; ``peak_mb``."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(f"{graph} {count}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return {"problem": self._ended()}
+        return self._read()
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.communicate()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        return dict(json.loads(line)) if line else {"problem": self._ended()}
+
+    def _ended(self) -> str:
+        return f"the process ended with exit status {self.process.wait()}"
+
+
+def measure(targets: list[Target], plan: Plan, report: Report,
+            keep: Callable[[list[Measured], dict[str, Any]], None] = lambda rows, quality: None) -> dict[str, Any]:
+    """Time all targets.
+
+    Args:
+        keep: called after every round with what is known so far, so that an interrupted run leaves its results.
+
+    Returns:
+        How calm the machine was: ``rounds`` kept, ``repeated`` and ``disturbed`` rounds, ``probe_spread``.
+    """
+    rows = [Measured(t) for t in targets]
+    with tempfile.TemporaryDirectory() as folder:
+        if plan.cold:
+            for row in rows:
+                _open_once(row, Path(folder), report)
+        with _opened(rows, Path(folder), report) as workers:
+            quality = _rounds(rows, workers, plan, report, keep)
+    return quality
+
+
+def results(rows: list[Measured], against: Measured | None = None) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """(runtime, precision, threads) -> JSON-safe numbers of each target; ratios to PyTorch of the same thread count.
+
+    Args:
+        against: a second target that ratios are taken to.
+    """
+    out = {}
+    for row in rows:
+        t = row.target
+        eager = next((r for r in rows if r.target.reference and r.target.threads == t.threads), None)
+        entry: dict[str, Any] = {"status": row.status, "load_ms": row.facts.get("load_ms"), "peak_mb": row.peak_mb,
+                                 "version": row.facts.get("version", ""), "cold": row.cold or None}
+        for graph in GRAPHS:
+            entry[graph] = _graph(row, graph, eager, against)
+        out[t.runtime, t.precision, t.threads] = entry
+    return out
+
+
+def _graph(row: Measured, graph: str, eager: Measured | None, against: Measured | None) -> dict[str, Any] | None:
+    if row.status != "ok" or not row.times[graph]:
+        return None
+    data = {**summary([t for times in row.times[graph] for t in times]), "first_ms": row.facts["first_ms"][graph]}
+    for name, other in (("times_pytorch", eager), ("times_against", against)):
+        if other is not None and other.times[graph]:
+            data[name] = ratio(other.times[graph], row.times[graph])
+    return data
+
+
+def _open_once(row: Measured, cache: Path, report: Report) -> None:
+    if _untimed(row.target):
+        return
+    report(f"cold start of {row.target.label}")
+    worker = Worker(row.target, cache)
+    worker.close()
+    if "problem" not in worker.facts:
+        first = worker.facts["first_ms"]
+        row.cold = {"load_ms": worker.facts["load_ms"], **{f"first_{g}_ms": first[g] for g in GRAPHS}}
+
+
+def _untimed(target: Target) -> bool:
+    return target.runtime == "coreml" and sys.platform != "darwin"
+
+
+@contextmanager
+def _opened(rows: list[Measured], cache: Path, report: Report) -> Iterator[dict[int, Worker]]:
+    """Row index -> its worker; what cannot be opened becomes a status."""
+    workers: dict[int, Worker] = {}
+    try:
+        for i, row in enumerate(rows):
+            if _untimed(row.target):
+                row.status = EVALUATOR_NOTE
+                continue
+            report(f"opening {row.target.label}")
+            worker = Worker(row.target, cache)
+            if "problem" in worker.facts:
+                row.status = str(worker.facts["problem"])
+                worker.close()
+                continue
+            row.facts, row.peak_mb = worker.facts, worker.facts["peak_mb"]
+            workers[i] = worker
+        yield workers
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+def _rounds(rows: list[Measured], workers: dict[int, Worker], plan: Plan, report: Report,
+            keep: Callable[[list[Measured], dict[str, Any]], None]) -> dict[str, Any]:
+    probes: list[list[float]] = []
+    taken: list[dict[int, dict[str, list[float]]]] = []
+    for _ in range(3):
+        _probe()
+    if plan.warmup:
+        report(f"warming up, {plan.warmup} calls each")
+        _turns(rows, workers, (plan.warmup, plan.warmup))
+    repeated = 0
+    while workers and len(taken) < plan.rounds + repeated:
+        calm = len(taken) - sum(disturbed(probes, TOLERANCE))
+        report(f"round {len(taken) + 1}, {calm} calm of {plan.rounds}")
+        probe, times = _turns(rows, workers, plan.calls)
+        probes.append(probe)
+        taken.append(times)
+        bad = disturbed(probes, TOLERANCE)
+        repeated = min(plan.extra, sum(bad))
+        quality = _settle(rows, taken, probes, plan.rounds, repeated)
+        keep(rows, quality)
+    return _settle(rows, taken, probes, plan.rounds, repeated)
+
+
+def _settle(rows: list[Measured], taken: list[dict[int, dict[str, list[float]]]], probes: list[list[float]],
+            wanted: int, repeated: int) -> dict[str, Any]:
+    """Keep the calmest rounds, as many as were planned, and say how calm they were."""
+    order = sorted(range(len(taken)), key=lambda i: float(np.median(probes[i])))
+    kept = sorted(order[:wanted])
+    for i, row in enumerate(rows):
+        row.times = {g: [taken[k][i][g] for k in kept if i in taken[k]] for g in GRAPHS}
+    flat = [p for k in kept for p in probes[k]]
+    bad = disturbed(probes, TOLERANCE)
+    spread = float((np.percentile(flat, 90) - np.median(flat)) / np.median(flat)) if flat else 0.0
+    return {"rounds": len(kept), "repeated": repeated, "disturbed": sum(bad[k] for k in kept),
+            "probe_spread": round(spread, 4)}
+
+
+def _turns(rows: list[Measured], workers: dict[int, Worker],
+           calls: tuple[int, int]) -> tuple[list[float], dict[int, dict[str, list[float]]]]:
+    """One turn of every worker; a worker that dies leaves the run and its row says so."""
+    probe: list[float] = []
+    times: dict[int, dict[str, list[float]]] = {}
+    for i, worker in list(workers.items()):
+        probe.append(_probe())
+        got: dict[str, list[float]] = {}
+        for graph, count in zip(GRAPHS, calls, strict=True):
+            answer = worker.time(graph, count + 1)
+            if "problem" in answer:
+                rows[i].status = str(answer["problem"])
+                worker.close()
+                del workers[i]
+                break
+            # The first call of a turn only wakes the threads.
+            got[graph] = answer["times"][1:]
+            rows[i].peak_mb = answer["peak_mb"]
+        else:
+            times[i] = got
+    return probe, times
+
+
+def _probe() -> float:
+    """Milliseconds of fixed single-threaded work: slower only if the machine is."""
+    numbers = np.random.default_rng(0).random(200_000)
+    start = time.perf_counter()
+    np.sort(numbers)
+    return (time.perf_counter() - start) * 1e3

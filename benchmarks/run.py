@@ -1,0 +1,202 @@
+"""The whole benchmark of a bundle: latency, the floor, accuracy, and a result that is on disk after every step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pocketsam.benchmarks import accuracy, latency, roofline
+from pocketsam.benchmarks.latency import GRAPHS, Measured, Plan
+from pocketsam.benchmarks.page import page
+from pocketsam.benchmarks.results import header, key, mark_slower, to_csv, write
+from pocketsam.benchmarks.targets import EVALUATOR_NOTE, Target, open_target, targets_of
+from pocketsam.bundle import Bundle, read_bundle
+from pocketsam.errors import BenchmarkError, PocketSamError
+from pocketsam.files import staged_file
+from pocketsam.predictor import Predictor
+
+RESULT, CSV, PAGE = "bench.json", "bench.csv", "bench.html"
+# So many of a runtime's operators are named, and kinds shown apart.
+SLOWEST = 10
+KINDS = 8
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    Attributes:
+        threads: CPU threads, one set of rows for each.
+        plan: rounds and calls.
+        checkpoint: of the PyTorch reference; the built-in model needs none.
+        against: a runtime that ratios are taken to as well, or empty.
+        data: labelled pack or COCO folder for accuracy; without, the agreement measured at export stands.
+        images, prompts, regions: size of the accuracy part.
+        compiled: measure torch.compile too.
+        operators: profile the operators of each runtime.
+        device: name of this device in reports.
+        rivals: further targets, measured in the same rounds.
+    """
+
+    threads: tuple[int, ...] = ()
+    plan: Plan = field(default_factory=Plan)
+    checkpoint: str = ""
+    against: str = ""
+    data: Path | None = None
+    images: int = 60
+    prompts: int = 8
+    regions: int = 16
+    compiled: bool = False
+    operators: bool = True
+    device: str = ""
+    rivals: tuple[Target, ...] = ()
+
+
+def run(bundle: Path, options: Options, out: Path, report: Report) -> dict[str, Any]:
+    """Measure a bundle and write ``bench.json``, ``bench.csv`` and ``bench.html`` into ``out``.
+
+    After every round the JSON is written with ``complete`` false, so that an interrupted run leaves its numbers.
+
+    Raises:
+        BundleError: no bundle.
+        BenchmarkError: unusable thread counts or reference.
+        LabelError: unusable data.
+    """
+    opened = read_bundle(bundle)
+    threads = check_threads(options.threads)
+    targets = [*targets_of(opened, list(threads), options.checkpoint, options.compiled), *options.rivals]
+    if options.against and options.against not in {t.runtime for t in targets}:
+        raise BenchmarkError(f"no {options.against} in {bundle} to compare against; it has "
+                             f"{', '.join(sorted({t.runtime for t in targets}))}.")
+    samples = accuracy.open_data(options.data) if options.data else None
+    settings = {"script": "pocketsam bench", "threads": list(threads), **asdict(options.plan)}
+    result = header(opened, settings, options.device)
+    last: list[Measured] = []
+
+    def keep(rows: list[Measured], calm: dict[str, Any]) -> None:
+        last[:] = rows
+        result["rows"], result["calm"] = _rows(opened, rows, options.against), calm
+        write(result, out / RESULT)
+
+    result["calm"] = latency.measure(targets, options.plan, report, keep)
+    if not last:
+        raise BenchmarkError("nothing could be timed: " + "; ".join(
+            f"{t.label}: {EVALUATOR_NOTE}" for t in targets if not t.reference) + ".")
+    _add_floor(opened, result, threads, options, report)
+    if samples is not None:
+        _add_accuracy(opened, result, samples, options, report)
+    mark_slower(result["rows"])
+    result["complete"] = True
+    write(result, out / RESULT)
+    write_reports([result], out)
+    return result
+
+
+def check_threads(threads: tuple[int, ...]) -> tuple[int, ...]:
+    """All cores when none is given.
+
+    Raises:
+        BenchmarkError: fewer than 1, or more than this process may use.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    for count in threads:
+        if not 1 <= count <= cores:
+            raise BenchmarkError(f"threads is {count}; expected 1 to {cores}, the cores of this machine.")
+    return tuple(dict.fromkeys(threads)) or (cores,)
+
+
+def write_reports(results: list[dict[str, Any]], out: Path) -> None:
+    """The CSV and the page of one or several results."""
+    for name, text in ((CSV, to_csv(results)), (PAGE, page(results))):
+        with staged_file(out / name) as staged:
+            staged.write_text(text, encoding="utf-8")
+
+
+def _rows(bundle: Bundle, measured: list[Measured], against: str) -> list[dict[str, Any]]:
+    """JSON rows in the order of the targets, with what the bundle itself knows."""
+    other = next((m for m in measured if against and m.target.runtime == against), None)
+    numbers = latency.results(measured, other)
+    rows = []
+    for m in measured:
+        t = m.target
+        row: dict[str, Any] = {"runtime": t.runtime, "format": t.format, "precision": t.precision, "threads": t.threads,
+                               "reference": t.reference, "bytes": None, "agreement": None, "quality": None}
+        if t.format:
+            parts = {a.graph: a for a in bundle.artifacts if (a.format, a.precision) == (t.format, t.precision)}
+            row["bytes"] = {g: a.bytes for g, a in parts.items()}
+            row["agreement"] = parts["encoder"].measured or None
+        rows.append({**row, **numbers[t.runtime, t.precision, t.threads]})
+    return rows
+
+
+def _add_floor(bundle: Bundle, result: dict[str, Any], threads: tuple[int, ...], options: Options,
+               report: Report) -> None:
+    """FLOPs, bytes, distance to the floor, operators."""
+    ceilings = {}
+    for count in threads:
+        report(f"measuring the ceilings of this machine, {count} threads")
+        ceilings[count] = roofline.ceiling(count)
+    result["ceilings"] = [asdict(c) for c in ceilings.values()]
+    for row in result["rows"]:
+        if row["status"] != "ok" or not row["format"]:
+            continue
+        for graph in GRAPHS:
+            work = roofline.count(bundle, row["format"], row["precision"], graph)
+            floor = roofline.floor_ms(work, ceilings[row["threads"]], row["precision"])
+            row[graph] |= {"flops": work.flops, "bytes": work.bytes,
+                           "floor": {"ms": round(floor, 3), "times_floor": round(row[graph]["p50_ms"] / floor, 2)}}
+        if options.operators and row["threads"] == max(threads):
+            _add_operators(bundle, row, report)
+
+
+def _add_operators(bundle: Bundle, row: dict[str, Any], report: Report) -> None:
+    report(f"profiling {row['runtime']} {row['precision']}")
+    try:
+        found = roofline.profile(bundle, row["runtime"], row["precision"], "encoder", row["threads"])
+        row["fallbacks"] = roofline.fallbacks(bundle, row["runtime"], row["precision"], "encoder", row["threads"])
+    except PocketSamError as e:
+        row["encoder"]["operators"] = {"problem": str(e), "slowest": [], "kinds": {}}
+        return
+    kinds: dict[str, float] = {}
+    for operator in found:
+        kinds[operator.kind] = kinds.get(operator.kind, 0.0) + operator.ms
+    ordered = sorted(kinds.items(), key=lambda k: -k[1])
+    shown = {k: round(v, 2) for k, v in ordered[:KINDS]}
+    if rest := sum(v for _, v in ordered[KINDS:]):
+        shown["other"] = round(rest, 2)
+    row["encoder"]["operators"] = {"slowest": [asdict(o) for o in found[:SLOWEST]], "kinds": shown}
+
+
+def _add_accuracy(bundle: Bundle, result: dict[str, Any], samples: Any, options: Options, report: Report) -> None:
+    """Agreement with PyTorch and quality against the labels, once for each runtime and precision."""
+    eager = next(t for t in targets_of(bundle, [max(result["settings"]["threads"])], options.checkpoint, False)
+                 if t.reference)
+    reference = Predictor(open_target(eager))
+    report("quality of pytorch fp32")
+    truth = accuracy.quality(reference, samples.samples(options.images), options.regions)
+    done: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in result["rows"]:
+        pair = row["runtime"], row["precision"]
+        if row.get("reference"):
+            row["quality"] = truth
+            continue
+        if not row["format"] or (row["status"] not in ("ok", EVALUATOR_NOTE)):
+            continue
+        if pair not in done:
+            report(f"accuracy of {' '.join(pair)}")
+            target = Target(*pair, max(result["settings"]["threads"]), row["format"], str(bundle.root))
+            candidate = Predictor(open_target(target))
+            agreed = accuracy.agreement(reference, candidate, samples.samples(options.images), options.prompts)
+            quality = accuracy.quality(candidate, samples.samples(options.images), options.regions)
+            done[pair] = {"agreement": agreed, "quality": quality, "retention": accuracy.retention(quality, truth)}
+        row |= done[pair]
+
+
+def rows_by_key(result: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """(runtime, precision, threads) -> row."""
+    return {key(r): r for r in result["rows"]}

@@ -1,0 +1,128 @@
+"""`pocketsam bench BUNDLE`, `bench compare`, `bench merge`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from pocketsam.commands.console import Json, err, escape, names, out, print_json, progress, table
+from pocketsam.errors import BenchmarkError, UsageError
+
+
+class DefaultGroup(TyperGroup):
+    """`bench BUNDLE` is `bench run BUNDLE`: a first word that is no command of the group goes to ``run``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=DefaultGroup, no_args_is_help=True, help="Measure a bundle on this machine: latency, memory, "
+                  "accuracy, distance to the floor. `bench BUNDLE` is short for `bench run BUNDLE`.")
+Out = Annotated[Path, typer.Option("-o", "--output", help="Folder for bench.json, bench.csv and bench.html.")]
+
+
+@app.command()
+def run(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    output: Out = Path("bench"),
+    data: Annotated[Path | None, typer.Option(help="Labelled pack (tar) or COCO folder: measures agreement and "
+                                                   "quality on it.")] = None,
+    threads: Annotated[str, typer.Option(help="Thread counts, separated by commas; default: all cores.")] = "",
+    against: Annotated[str, typer.Option(help="A runtime that ratios are taken to, besides PyTorch.")] = "",
+    checkpoint: Annotated[Path | None, typer.Option(help="The checkpoint for the PyTorch reference; lite0 needs "
+                                                         "none.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few calls, no profile: a first look.")] = False,
+    rounds: Annotated[int | None, typer.Option(help="Turns of each runtime; default 10.")] = None,
+    torch_compile: Annotated[bool, typer.Option("--torch-compile", help="Measure torch.compile too.")] = False,
+    images: Annotated[int, typer.Option(help="Images of --data.")] = 60,
+    device: Annotated[str, typer.Option(help="Name of this device in reports; default: its CPU.")] = "",
+    json_: Json = False,
+) -> None:
+    """Measure a bundle, and write the numbers and one page."""
+    from pocketsam.benchmarks.latency import QUICK, Plan
+    from pocketsam.benchmarks.run import PAGE, RESULT, Options
+    from pocketsam.benchmarks.run import run as measure
+
+    plan = QUICK if quick else Plan()
+    if rounds is not None:
+        if rounds < 1:
+            raise UsageError(f"rounds is {rounds}; expected at least 1.")
+        plan = replace(plan, rounds=rounds)
+    options = Options(_counts(threads), plan, str(checkpoint or ""), against, data, images, compiled=torch_compile,
+                      operators=not quick, device=device)
+    try:
+        result = measure(bundle, options, output, lambda t: progress(t, json_))
+    except KeyboardInterrupt:
+        kept = output / RESULT
+        err.print(f"interrupted; what was measured is in {kept}, marked as partial" if kept.exists() else "interrupted",
+                  highlight=False)
+        raise typer.Exit(130) from None
+    if json_:
+        print_json(result)
+        return
+    show(result)
+    out.print(f"page: {output / PAGE}", highlight=False)
+
+
+@app.command()
+def compare(
+    old: Annotated[Path, typer.Argument(help="bench.json from before.")],
+    new: Annotated[Path, typer.Argument(help="bench.json from after.")],
+    json_: Json = False,
+) -> None:
+    """Say what became slower, larger or less accurate beyond noise; exit code 1 if anything did."""
+    from dataclasses import asdict
+
+    from pocketsam.benchmarks.compare import compare as changes
+    from pocketsam.benchmarks.results import read
+
+    found = changes(read(old), read(new))
+    if json_:
+        print_json([asdict(c) for c in found])
+    elif not found:
+        out.print("no difference beyond noise")
+    else:
+        shown = table("what", "measure", "before", "after", "")
+        for c in found:
+            verdict = "WORSE" if c.worse else "better"
+            shown.add_row(escape(c.what), c.measure, escape(c.before), escape(c.after), verdict)
+        out.print(shown)
+    if any(c.worse for c in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def merge(
+    results: Annotated[list[Path], typer.Argument(help="bench.json files of several devices.")],
+    output: Out = Path("bench"),
+) -> None:
+    """Put the results of several devices into one page and one CSV."""
+    from pocketsam.benchmarks.results import merge as together
+    from pocketsam.benchmarks.run import CSV, PAGE, write_reports
+
+    write_reports(together(results), output)
+    out.print(f"page: {output / PAGE}, table: {output / CSV}", highlight=False)
+
+
+def show(result: dict[str, Any]) -> None:
+    """The main table."""
+    from pocketsam.benchmarks.tables import HEADS, cells, facts
+
+    shown = table(*HEADS)
+    for row in result["rows"]:
+        shown.add_row(*(escape(c) for c in cells(row)))
+    out.print(shown)
+    out.print(facts(result), highlight=False)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(t) for t in names(text))
+    except ValueError as e:
+        raise BenchmarkError(f"threads is {text!r}; expected whole numbers separated by commas, such as 1,2.") from e

@@ -1,0 +1,265 @@
+"""Benchmarks: statistics, results, comparison, page, and one real run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pocketsam.benchmarks import latency
+from pocketsam.benchmarks.compare import compare
+from pocketsam.benchmarks.latency import Measured, Plan, results
+from pocketsam.benchmarks.page import page
+from pocketsam.benchmarks.plots import pareto
+from pocketsam.benchmarks.results import mark_slower, mean_agreement, merge, read, to_csv, write
+from pocketsam.benchmarks.statistics import disturbed, ratio, summary
+from pocketsam.benchmarks.targets import Target
+from pocketsam.errors import BenchmarkError
+
+Run = Callable[..., Any]
+PAIRS = (("pytorch", "fp32", 400.0), ("onnxruntime", "fp32", 150.0), ("litert", "fp32", 110.0),
+         ("litert", "int8", 80.0))
+AGREEMENT = {"fp32": 0.99999, "int8": 0.975}
+
+
+def synthetic(seed: int, slowed: float = 1.0, noise: float = 0.06, rounds: int = 10) -> dict[str, Any]:
+    """A result of a machine that drifts from round to round; ``slowed`` multiplies the times of LiteRT fp32."""
+    rng = np.random.default_rng(seed)
+    drift = rng.uniform(1.0, 1.5, rounds)
+    rows = []
+    for runtime, precision, base in PAIRS:
+        factor = slowed if (runtime, precision) == ("litert", "fp32") else 1.0
+        m = Measured(Target(runtime, precision, 2, "" if runtime == "pytorch" else "f", reference=runtime == "pytorch"),
+                     facts={"load_ms": 100.0, "version": "1.2.3", "first_ms": {"encoder": 300.0, "decoder": 30.0}},
+                     peak_mb=300.0)
+        for graph, scale, calls in (("encoder", 1.0, 2), ("decoder", 0.1, 20)):
+            m.times[graph] = [list(base * scale * factor * d * rng.lognormal(0, noise, calls)) for d in drift]
+        rows.append(m)
+    numbers = results(rows)
+    out = [{"runtime": m.target.runtime, "format": m.target.format, "precision": m.target.precision, "threads": 2,
+            "reference": m.target.reference,
+            "bytes": None if m.target.reference else {"encoder": 10**7, "decoder": 10**6},
+            "agreement": None if m.target.reference else agreement(AGREEMENT[m.target.precision]), "quality": None,
+            **numbers[m.target.runtime, m.target.precision, 2]} for m in rows]
+    mark_slower(out)
+    machine = {"python": "3.11", "system": "Linux", "cpu": "a cpu", "cores": 2, "features": ["avx2"]}
+    return {"kind": "pocketsam-bench", "schema": 1, "complete": True, "created": "2026-01-01T00:00:00+00:00",
+            "device": "a cpu", "machine": machine, "pocketsam": "0.1.0", "commit": "abc",
+            "settings": {"rounds": rounds},
+            "model": {"name": "lite0", "image_size": 512, "weights_sha256": "0"}, "ceilings": [], "rows": out}
+
+
+def agreement(mean: float) -> dict[str, Any]:
+    part = {"prompts": 10, "mean": mean, "p5": mean - 0.01, "worst": mean - 0.02}
+    return {"box": part, "point": part}
+
+
+def test_summary_and_ratio() -> None:
+    s = summary([10.0] * 9 + [20.0])
+    assert (s["calls"], s["min_ms"], s["p50_ms"]) == (10, 10.0, 10.0)
+    assert s["spread"] == pytest.approx((s["p90_ms"] - 10) / 10)
+    drift = np.random.default_rng(0).uniform(1, 3, 12)
+    r = ratio([[30 * d] for d in drift], [[10 * d * (1 + 0.01 * (i % 3 - 1))] for i, d in enumerate(drift)])
+    # The drift of the machine, up to three times, cancels within rounds.
+    assert r["value"] == pytest.approx(3, rel=0.02)
+    assert r["low"] <= r["value"] <= r["high"]
+    assert r["high"] - r["low"] < 0.1
+
+
+def test_disturbed_rounds_are_found() -> None:
+    assert disturbed([[10, 10], [10, 11], [19, 20], [10, 30]], 0.2) == [False, False, True, True]
+    assert disturbed([], 0.2) == []
+
+
+def test_disturbed_rounds_are_measured_again_and_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1.0] * 3 + [1.0, 5.0, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(latency, "_probe", lambda: next(clock))
+
+    class Fake:
+        calls = 0
+
+        def time(self, graph: str, count: int) -> dict[str, Any]:
+            Fake.calls += graph == "encoder"
+            return {"times": [float(Fake.calls)] * count, "peak_mb": 1.0}
+
+        def close(self) -> None: ...
+
+    row = Measured(Target("x", "fp32", 1))
+    calm = latency._rounds([row], {0: Fake()}, Plan(rounds=3, calls=(1, 1), warmup=0, extra=5),  # type: ignore[dict-item]
+                           lambda t: None, lambda r, q: None)
+    assert calm == {"rounds": 3, "repeated": 1, "disturbed": 0, "probe_spread": 0.0}
+    assert row.times["encoder"] == [[1.0], [3.0], [4.0]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_compare_is_silent_on_equal_runs(seed: int) -> None:
+    assert compare(synthetic(seed), synthetic(seed + 100)) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_compare_catches_a_slowed_artifact(seed: int) -> None:
+    found = compare(synthetic(seed), synthetic(seed + 100, slowed=1.3))
+    assert {c.what for c in found if c.worse} == {f"{g} of litert fp32, 2 threads" for g in ("encoder", "decoder")}
+    back = compare(synthetic(seed + 100, slowed=1.3), synthetic(seed))
+    assert back
+    assert not any(c.worse for c in back)
+
+
+def test_compare_names_what_else_became_worse() -> None:
+    old, new = synthetic(0), synthetic(0)
+    new["rows"][1]["bytes"]["encoder"] *= 2
+    new["rows"][2]["agreement"] = agreement(0.9)
+    new["rows"][3]["status"] = "BundleError: damaged"
+    assert {(c.what.split(",")[0], c.measure) for c in compare(old, new) if c.worse} == {
+        ("onnxruntime fp32", "size"), ("litert fp32", "agreement"), ("litert int8", "status")}
+
+
+def test_compare_refuses_other_models() -> None:
+    other = synthetic(0)
+    other["model"] = {**other["model"], "name": "mobile_sam"}
+    with pytest.raises(BenchmarkError, match="compare one model"):
+        compare(synthetic(0), other)
+
+
+def test_slower_but_less_accurate_is_marked() -> None:
+    rows = synthetic(0)["rows"]
+    assert all(not r["slower_than"] for r in rows)
+    slow = copy.deepcopy(rows)
+    slow[3]["encoder"]["p50_ms"] = 1e4
+    mark_slower(slow)
+    assert slow[3]["slower_than"] == "litert fp32"
+
+
+def test_results_survive_the_disk(tmp_path: Path) -> None:
+    result = synthetic(1)
+    write(result, tmp_path / "a.json")
+    assert read(tmp_path / "a.json") == json.loads(json.dumps(result))
+    assert mean_agreement(result["rows"][0]) == 1.0
+    table = to_csv([result]).splitlines()
+    assert len(table) == 1 + len(PAIRS)
+    assert table[0].startswith("device,model,runtime,format,precision,threads,status")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "cannot be read"), ("[1]", "not a benchmark result"), ('{"kind": "pocketsam-bench", "schema": 99}', "upgrade"),
+    ('{"kind": "pocketsam-bench", "schema": 1, "rows": []}', "lacks parts"),
+])
+def test_bad_results_get_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(BenchmarkError, match=message):
+        read(tmp_path / "bad.json")
+    with pytest.raises(BenchmarkError, match="cannot be read"):
+        read(tmp_path / "missing.json")
+
+
+class Balance(HTMLParser):
+    """Counts open tags; void ones and the optional ends of this page's own p, html are not checked."""
+
+    FREE = ("meta", "img", "br", "html", "line", "circle", "path", "rect")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.FREE:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.FREE:
+            assert self.open.pop() == tag
+
+
+def test_page_is_self_contained_and_well_formed() -> None:
+    result = synthetic(2)
+    result["rows"][1]["cold"] = {"load_ms": 10.0, "first_encoder_ms": 20.0, "first_decoder_ms": 3.0}
+    operators = {"kinds": {"Conv": 80.0, "Gemm": 20.0},
+                 "slowest": [{"name": "<a>", "kind": "Conv", "ms": 8.0, "share": 0.1}]}
+    result["rows"][1]["encoder"]["operators"] = operators
+    text = page([result, {**synthetic(3), "device": "another <device>", "complete": False}])
+    parser = Balance()
+    parser.feed(text)
+    assert parser.open == []
+    assert "<script" not in text
+    assert not re.search(r"(src|href)=", text)
+    assert "another &lt;device&gt;" in text
+    assert "prefers-color-scheme: dark" in text
+    assert "Partial" in text
+
+
+def test_merge_takes_several_devices_of_one_model(tmp_path: Path) -> None:
+    files = []
+    for i in range(2):
+        files.append(tmp_path / f"{i}.json")
+        write({**synthetic(i), "device": f"device {i}"}, files[-1])
+    assert [r["device"] for r in merge(files)] == ["device 0", "device 1"]
+    write({**synthetic(1), "model": {"name": "other", "image_size": 1, "weights_sha256": ""}}, files[1])
+    with pytest.raises(BenchmarkError, match="different models"):
+        merge(files)
+
+
+def test_front() -> None:
+    assert pareto([(1, 1), (2, 2), (3, 1), (1, 0.5)]) == [True, True, False, False]
+
+
+@pytest.fixture(scope="module")
+def bench_run(toy_bundle: Path, toy_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One quick run on the toy bundle, from another process, as a user would."""
+    out = tmp_path_factory.mktemp("bench")
+    code = ("import sys; sys.path.insert(0, 'tests/reference'); from pocketsam.cli import main; "
+            f"sys.argv = ['pocketsam', 'bench', {str(toy_bundle)!r}, '-o', {str(out)!r}, '--quick', '--threads', '1', "
+            f"'--against', 'onnxruntime']; main()")
+    got = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert got.returncode == 0, got.stderr
+    assert "onnxruntime" in got.stdout
+    return out
+
+
+def test_a_real_run(bench_run: Path) -> None:
+    result = read(bench_run / "bench.json")
+    assert result["complete"]
+    rows = {r["runtime"]: r for r in result["rows"]}
+    # The toy model is no name that a fresh process knows: the reference becomes a row that says so.
+    assert rows["pytorch"]["status"].startswith("UnknownName")
+    row = rows["onnxruntime"]
+    assert row["status"] == "ok"
+    assert row["encoder"]["p50_ms"] > 0
+    assert row["encoder"]["flops"] > 0
+    assert row["encoder"]["floor"]["times_floor"] > 1
+    assert row["encoder"]["times_against"]["value"] == 1.0
+    assert row["peak_mb"] > 20
+    assert {p.name for p in bench_run.iterdir()} == {"bench.json", "bench.csv", "bench.html"}
+
+
+def test_compare_and_merge_commands(cli: Run, bench_run: Path, tmp_path: Path) -> None:
+    path = bench_run / "bench.json"
+    assert cli("bench", "compare", path, path).code == 0
+    slow = read(path)
+    slow["rows"][1]["encoder"]["p50_ms"] *= 5
+    slow["rows"][1]["encoder"]["spread"] = 0.1
+    write(slow, tmp_path / "slow.json")
+    got = cli("bench", "compare", path, tmp_path / "slow.json")
+    assert got.code == (1 if read(path)["rows"][1]["encoder"]["spread"] < 3.5 else 0)
+    assert cli("bench", "merge", path, path, "-o", tmp_path / "both").code == 0
+    assert (tmp_path / "both" / "bench.html").exists()
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (("--threads", "0"), "expected 1 to"), (("--threads", "4096"), "expected 1 to"),
+    (("--threads", "two"), "whole numbers"), (("--against", "tensorrt"), "no tensorrt"),
+    (("--rounds", "0"), "at least 1"),
+])
+def test_bad_options(cli: Run, toy_bundle: Path, tmp_path: Path, args: tuple[str, ...], message: str) -> None:
+    got = cli("bench", toy_bundle, "-o", tmp_path / "out", *args)
+    assert got.code == 2
+    assert message in got.err
+    assert not (tmp_path / "out").exists()

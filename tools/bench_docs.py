@@ -1,0 +1,152 @@
+"""Measure every model on this machine and write docs/benchmarks.md. One command, resumable:
+
+    python tools/bench_docs.py WORK_FOLDER [MODEL ...] [--checkpoints FOLDER] [--data PACK] [--rounds 10] [--write]
+
+Models without a checkpoint ``FOLDER/MODEL.pt`` get deterministic, untrained weights: speed and size do not depend on
+them, and their agreement says how exact the export is. A model whose ``bench.json`` is complete is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import rivals
+
+import pocketsam
+from pocketsam.benchmarks.latency import Plan
+from pocketsam.benchmarks.results import read, write
+from pocketsam.benchmarks.run import RESULT, Options, run, write_reports
+from pocketsam.benchmarks.tables import HEADS, accuracy_rows, cells, facts
+from pocketsam.benchmarks.targets import Target
+from pocketsam.builtin import BUILTIN_MODEL, checkpoint_for
+from pocketsam.errors import PocketSamError
+from pocketsam.images import load_rgb
+from pocketsam.parity import compare
+from pocketsam.photos import photo_paths
+from pocketsam.predictor import Predictor
+from pocketsam.registry import FORMATS
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = (BUILTIN_MODEL, "mobile_sam", "sam_vit_b")
+PRECISIONS = ("fp32", "fp16")
+HEAVY = "sam_vit"
+INTRO = """\
+# Benchmarks
+
+Made by `python tools/bench_docs.py WORK_FOLDER`; do not edit. Each model's table is one run: every row is a process of
+its own, pinned to the cores named; rows take turns round by round, so that ratios to PyTorch eager survive a noisy
+machine (95 % bootstrap interval in brackets). `encoder ms` and `prompt ms` are medians of the call with its result read
+back, ± (p90 - p50) / p50; `x floor` is the distance to the larger of FLOPs / measured GEMM rate and bytes / measured
+bandwidth. `agreement` is the mean mask IoU with PyTorch. Memory is the peak of a process that holds both graphs. Method
+and limits: [bench-schema.md](bench-schema.md).
+
+Rows named torch.onnx.export and ORT dynamic int8 are what a plain exporter ships: the model without our rewrites, in
+ONNX Runtime with default options, and ONNX Runtime's dynamic quantization of it. The row transformers is Hugging Face's
+SamModel in PyTorch, with random weights. Models other than lite0 carry deterministic, untrained weights here.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("models", nargs="*", default=MODELS)
+    parser.add_argument("--checkpoints", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--write", action="store_true", help="only write the document from what is in the folder")
+    args = parser.parse_args()
+    # Workers import the rivals by name.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")])
+    for model in () if args.write else args.models:
+        measure(model, args)
+    results = {p.parent.name: read(p) for p in sorted(args.work.glob(f"*/{RESULT}"))}
+    ordered = [results[m] for m in (*MODELS, *sorted(set(results) - set(MODELS))) if m in results]
+    (ROOT / "docs" / "benchmarks.md").write_text(document(ordered), encoding="utf-8")
+
+
+def measure(model: str, args: argparse.Namespace) -> None:
+    """Export what is missing, then benchmark with the rivals in the same rounds."""
+    folder = args.work / model
+    if (folder / RESULT).exists() and read(folder / RESULT)["complete"]:
+        print(f"{model}: measured before")
+        return
+    checkpoint = find_checkpoint(model, args.checkpoints or args.work)
+    bundle = args.work / f"{model}.bundle"
+    pocketsam.export(model, checkpoint=checkpoint, formats=list(FORMATS), precisions=list(PRECISIONS), out=bundle,
+                     report=print)
+    others = rival_targets(model, checkpoint_for(model, checkpoint), args.work / f"{model}.rivals")
+    heavy = model.startswith(HEAVY)
+    plan = replace(Plan(), rounds=max(3, args.rounds // 3), calls=(1, 10), warmup=1) if heavy else \
+        replace(Plan(), rounds=args.rounds)
+    data = args.data if model == BUILTIN_MODEL else None
+    options = Options(plan=plan, checkpoint=str(checkpoint or ""), data=data, rivals=others)
+    result = run(bundle, options, folder, print)
+    add_rival_facts(result, model, checkpoint, others, args.work / f"{model}.rivals")
+    write(result, folder / RESULT)
+    write_reports([result], folder)
+
+
+def find_checkpoint(model: str, folder: Path) -> Path | None:
+    if model == BUILTIN_MODEL:
+        return None
+    path = folder / f"{model}.pt"
+    if not path.exists():
+        subprocess.run([sys.executable, str(ROOT / "tests/reference/make_checkpoint.py"), model, str(path)], check=True)
+    return path
+
+
+def rival_targets(model: str, checkpoint: Path, folder: Path) -> tuple[Target, ...]:
+    threads = len(os.sched_getaffinity(0))
+    rivals.make(model, checkpoint, folder)
+    found = [Target(rivals.PLAIN, "fp32", threads, source=f"{model}:{folder}", factory="rivals:open_plain"),
+             Target(rivals.DYNAMIC, "int8", threads, source=f"{model}:{folder}", factory="rivals:open_plain")]
+    if model == "sam_vit_b" and importlib.util.find_spec("transformers"):
+        found.append(Target(rivals.TRANSFORMERS, "fp32", threads, factory="rivals:open_transformers"))
+    return tuple(found)
+
+
+def add_rival_facts(result: dict[str, Any], model: str, checkpoint: Path | None, others: tuple[Target, ...],
+                    folder: Path) -> None:
+    """Size and agreement of the ONNX rivals, on the shipped photos."""
+    reference = pocketsam.load(model, checkpoint=checkpoint, runtime="pytorch")
+    images = [load_rgb(p) for p in photo_paths()[:3]]
+    for target in others:
+        row = next(r for r in result["rows"] if (r["runtime"], r["precision"]) == (target.runtime, target.precision))
+        if target.runtime == rivals.TRANSFORMERS or row["status"] != "ok":
+            continue
+        stem = "dynamic" if target.precision == "int8" else "plain"
+        row["bytes"] = {g: (folder / f"{stem}.{g}.onnx").stat().st_size for g in ("encoder", "decoder")}
+        try:
+            row["agreement"] = compare(reference, Predictor(rivals.open_plain(target)), images).summary()
+        except PocketSamError as e:
+            row["status"] = str(e)
+
+
+def document(results: list[dict[str, Any]]) -> str:
+    """The whole document; nothing in it is typed by hand."""
+    out = [INTRO]
+    for result in results:
+        out += [f"## {result['model']['name']}", "", facts(result), ""]
+        if calm := result.get("calm", {}).get("disturbed"):
+            out += [f"The machine was disturbed in {calm} of {result['calm']['rounds']} rounds.", ""]
+        out += [*table([list(HEADS), *(cells(r) for r in result["rows"])]), ""]
+        if (accuracy := accuracy_rows(result)) and any(r.get("quality") for r in result["rows"]):
+            out += ["Accuracy on labelled images:", "", *table(accuracy), ""]
+    return "\n".join(out).rstrip() + "\n"
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    """Markdown."""
+    lines = ["| " + " | ".join(r) + " |" for r in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
+if __name__ == "__main__":
+    main()
