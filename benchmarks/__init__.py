@@ -1,0 +1,1 @@
+"""How fast a bundle could be here, how fast it is, and which operators take the time."""
