@@ -65,7 +65,10 @@ def _name(port: Any) -> str:
 
 
 def _tensor(port: Any) -> Tensor:
-    return Tensor(tuple(port.get_shape()), int(port.get_element_type().bitwidth))
+    op = port.get_node()
+    # The plugin stores what it quantizes in a byte, though the file declares floats.
+    quantized = op.get_type_name() == "FakeQuantize" and op.get_attributes()["levels"] <= 256
+    return Tensor(tuple(port.get_shape()), 8 if quantized else int(port.get_element_type().bitwidth))
 
 
 def _nearest(op: Any) -> bool:

@@ -52,6 +52,10 @@ REDUCTIONS = _words("""
     reduceargmax reduceargmin reduceall reduceany argmax argmin topk globalaveragepool globalmaxpool
     reducelogicaland reducelogicalor
 """)
+# Engines read the small numbers themselves: what these return is never written.
+DEQUANTIZERS = frozenset({"dequantize", "dequantizelinear"})
+# Done while the result of the operator before is written.
+CONVERSIONS = _words("cast castlike convert convertlike quantize quantizelinear fakequantize")
 # Their results depend on shapes alone, which are fixed once the batch is.
 SHAPE_ONLY = frozenset({"shape", "shapeof", "size", "eyelike"})
 

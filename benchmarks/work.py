@@ -5,9 +5,9 @@ saved any), one for each added bias and fused activation, one for each output el
 normalisation, one for each input element of a reduction, none for moved data. What depends on constants and shapes
 alone is computed once and not counted.
 
-Bytes: the weights as stored, and every activation written once and read once. Reshapes move nothing, and an
-elementwise operator with a single activation that nobody else reads works in place, as engines fuse it. An engine that
-keeps activations in the cache between operators can need fewer.
+Bytes: the weights as stored, and every activation written once and read once. Reshapes and dequantization move nothing,
+and an elementwise operator or conversion with a single activation that nobody else reads works in place, as engines
+fuse it. An engine that keeps activations in the cache between operators can need fewer.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def _weight_bytes(graph: Graph, live: list[Step], constant: set[str]) -> int:
 def _activation_bytes(graph: Graph, live: list[Step], constant: set[str]) -> int:
     root = _roots(live, constant)
     readers: dict[str, int] = {}
-    working = [s for s in live if kinds.cost(s.kind) != "view"]
+    working = [s for s in live if not _aliases(s)]
     for step in working:
         for name in {root.get(i, i) for i in step.inputs if i not in constant}:
             readers[name] = readers.get(name, 0) + 1
@@ -243,14 +243,19 @@ def _roots(live: list[Step], constant: set[str]) -> dict[str, str]:
     root: dict[str, str] = {}
     for step in live:
         source = next((i for i in step.inputs if i not in constant), None)
-        if kinds.cost(step.kind) == "view" and source is not None:
+        if _aliases(step) and source is not None:
             root[step.outputs[0]] = root.get(source, source)
     return root
 
 
+def _aliases(step: Step) -> bool:
+    return kinds.cost(step.kind) == "view" or kinds.plain(step.kind) in kinds.DEQUANTIZERS
+
+
 def _in_place(graph: Graph, step: Step, constant: set[str], root: dict[str, str]) -> str | None:
-    """The activation that an elementwise step may overwrite: its only one, of the size of the result."""
-    if step.flops is not None or step.nearest or kinds.cost(step.kind) != "elementwise":
+    """The activation that a step may take over as it is written: its only one, of the size of the result."""
+    fusible = kinds.cost(step.kind) == "elementwise" or kinds.plain(step.kind) in kinds.CONVERSIONS
+    if step.flops is not None or step.nearest or not fusible:
         return None
     names = {root.get(i, i) for i in step.inputs if i not in constant}
     name = next(iter(names))

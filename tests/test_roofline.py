@@ -89,6 +89,18 @@ def test_what_follows_from_shapes_and_constants_costs_nothing(tmp_path: Path) ->
     assert work == Work(20, F32 * (20 + 5 + 20), {"Add": 20})
 
 
+def test_quantized_activations_weigh_a_byte(tmp_path: Path) -> None:
+    """Between two quantizers only small numbers travel; the graph's own input and output stay floats."""
+    chain = [("QuantizeLinear", "s z"), ("DequantizeLinear", "s z"), ("MatMul", "w"), ("QuantizeLinear", "s z"),
+             ("DequantizeLinear", "s z"), ("MatMul", "w")]
+    names = ["x", "a", "b", "c", "d", "e", "y"]
+    nodes = [node(kind, [names[i], *rest.split()], [names[i + 1]]) for i, (kind, rest) in enumerate(chain)]
+    weights = {"w": ones(16, 16), "s": np.float32(1), "z": np.zeros((), np.uint8)}
+    work = onnx_work(tmp_path / "m.onnx", nodes, (4, 16), 2, weights)
+    assert work.by_operator == {"MatMul": 2 * 2 * 4 * 16 * 16}
+    assert work.bytes == F32 * (64 + 256 + 64) + F32 + 1 + 2 * 64 + 2 * 64
+
+
 def test_gemm_follows_its_transposition(tmp_path: Path) -> None:
     nodes = [node("Gemm", ["x", "w", "b"], ["y"], transA=1)]
     work = onnx_work(tmp_path / "m.onnx", nodes, (16, 3), 2, {"w": ones(16, 5), "b": ones(5)})
