@@ -59,10 +59,17 @@ class OnnxRuntime:
         return session
 
 
-def open_session(path: Path, threads: int | None) -> ort.InferenceSession:
-    """A CPU session with a fixed number of threads; no other provider is ever tried."""
+def open_session(path: Path, threads: int | None, profile: Path | None = None) -> ort.InferenceSession:
+    """A CPU session with a fixed number of threads; no other provider is ever tried.
+
+    Args:
+        profile: prefix of the file that ONNX Runtime's profiler writes; None for no profiling.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

@@ -34,10 +34,7 @@ class OpenVinoRuntime:
         self.spec = bundle.spec
         self.slots = bundle.slots
         self._core = ov.Core()
-        self._config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": INFERENCE_PRECISION, "PERFORMANCE_HINT": "LATENCY",
-                                        "CACHE_DIR": str(cache_folder(precision))}
-        if threads is not None:
-            self._config["INFERENCE_NUM_THREADS"] = threads
+        self._config = {**settings(threads), "CACHE_DIR": str(cache_folder(precision))}
         self._encoder = self._compile(self._read(bundle, precision, self.spec.encoder_graph()))
         self._decoder_path = self._path(bundle, precision, self.spec.decoder_graph(self.slots))
         self._decoders: dict[int, ov.CompiledModel] = {}
@@ -98,6 +95,14 @@ class OpenVinoRuntime:
             raise BundleError(f"{path} has inputs and outputs {got}, expected {graph.input_names} and "
                               f"{graph.output_names}; export the bundle again.")
         return model
+
+
+def settings(threads: int | None) -> dict[str, Any]:
+    """How models are compiled, the cache apart."""
+    chosen: dict[str, Any] = {"INFERENCE_PRECISION_HINT": INFERENCE_PRECISION, "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        chosen["INFERENCE_NUM_THREADS"] = threads
+    return chosen
 
 
 def cache_folder(precision: str) -> Path:
