@@ -8,7 +8,7 @@ from typing import Any
 
 from pocketsam.benchmarks.plots import Bar, Point, bars, pareto, scatter
 from pocketsam.benchmarks.results import mean_agreement, megabytes, one_image
-from pocketsam.benchmarks.tables import HEADS, accuracy_rows, cells, facts
+from pocketsam.benchmarks.tables import HEADS, accuracy_rows, cells, facts, source_rows
 
 COLORS = {"pytorch": "--grey", "torch.compile": "--brown", "onnxruntime": "--blue", "openvino": "--purple",
           "litert": "--orange", "coreml": "--green"}
@@ -65,6 +65,8 @@ def _device(result: dict[str, Any], several: bool) -> list[str]:
     body.append(_table(HEADS, rows))
     if accuracy := accuracy_rows(result):
         body += ["<h2>Accuracy</h2>", _table(accuracy[0], accuracy[1:])]
+    if sources := source_rows(result):
+        body += [f"<details><summary>Quality by source</summary>{_table(sources[0], sources[1:])}</details>"]
     return body
 
 

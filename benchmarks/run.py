@@ -11,10 +11,10 @@ from typing import Any
 from pocketsam.benchmarks import accuracy, latency, roofline
 from pocketsam.benchmarks.latency import GRAPHS, Measured, Plan
 from pocketsam.benchmarks.page import page
-from pocketsam.benchmarks.results import header, key, mark_slower, to_csv, write
+from pocketsam.benchmarks.results import header, mark_slower, to_csv, write
 from pocketsam.benchmarks.targets import EVALUATOR_NOTE, Target, open_target, targets_of
 from pocketsam.bundle import Bundle, read_bundle
-from pocketsam.errors import BenchmarkError, PocketSamError
+from pocketsam.errors import BenchmarkError
 from pocketsam.files import staged_file
 from pocketsam.predictor import Predictor
 
@@ -22,6 +22,7 @@ RESULT, CSV, PAGE = "bench.json", "bench.csv", "bench.html"
 # So many of a runtime's operators are named, and kinds shown apart.
 SLOWEST = 10
 KINDS = 8
+EVERY = 100_000
 Report = Callable[[str], None]
 
 
@@ -156,10 +157,11 @@ def _add_floor(bundle: Bundle, result: dict[str, Any], threads: tuple[int, ...],
 
 def _add_operators(bundle: Bundle, row: dict[str, Any], report: Report) -> None:
     report(f"profiling {row['runtime']} {row['precision']}")
+    asked = bundle, row["runtime"], row["precision"], "encoder", row["threads"]
+    row["fallbacks"] = roofline.fallbacks(*asked)
     try:
-        found = roofline.profile(bundle, row["runtime"], row["precision"], "encoder", row["threads"])
-        row["fallbacks"] = roofline.fallbacks(bundle, row["runtime"], row["precision"], "encoder", row["threads"])
-    except PocketSamError as e:
+        found = roofline.slowest(*asked, count=EVERY)
+    except roofline.NoProfiler as e:
         row["encoder"]["operators"] = {"problem": str(e), "slowest": [], "kinds": {}}
         return
     kinds: dict[str, float] = {}
@@ -172,13 +174,14 @@ def _add_operators(bundle: Bundle, row: dict[str, Any], report: Report) -> None:
     row["encoder"]["operators"] = {"slowest": [asdict(o) for o in found[:SLOWEST]], "kinds": shown}
 
 
-def _add_accuracy(bundle: Bundle, result: dict[str, Any], samples: Any, options: Options, report: Report) -> None:
+def _add_accuracy(bundle: Bundle, result: dict[str, Any], samples: accuracy.Data, options: Options,
+                  report: Report) -> None:
     """Agreement with PyTorch and quality against the labels, once for each runtime and precision."""
     eager = next(t for t in targets_of(bundle, [max(result["settings"]["threads"])], options.checkpoint, False)
                  if t.reference)
     reference = Predictor(open_target(eager))
     report("quality of pytorch fp32")
-    truth = accuracy.quality(reference, samples.samples(options.images), options.regions)
+    truth = accuracy.quality(reference, samples.spread(options.images), options.regions)
     done: dict[tuple[str, str], dict[str, Any]] = {}
     for row in result["rows"]:
         pair = row["runtime"], row["precision"]
@@ -191,12 +194,7 @@ def _add_accuracy(bundle: Bundle, result: dict[str, Any], samples: Any, options:
             report(f"accuracy of {' '.join(pair)}")
             target = Target(*pair, max(result["settings"]["threads"]), row["format"], str(bundle.root))
             candidate = Predictor(open_target(target))
-            agreed = accuracy.agreement(reference, candidate, samples.samples(options.images), options.prompts)
-            quality = accuracy.quality(candidate, samples.samples(options.images), options.regions)
+            agreed = accuracy.agreement(reference, candidate, samples, options.images, options.prompts)
+            quality = accuracy.quality(candidate, samples.spread(options.images), options.regions)
             done[pair] = {"agreement": agreed, "quality": quality, "retention": accuracy.retention(quality, truth)}
         row |= done[pair]
-
-
-def rows_by_key(result: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """(runtime, precision, threads) -> row."""
-    return {key(r): r for r in result["rows"]}

@@ -8,6 +8,7 @@ from pocketsam.benchmarks.results import mean_agreement, megabytes
 
 HEADS = ("runtime", "precision", "threads", "MB", "agreement", "encoder ms", "x PyTorch", "x floor", "prompt ms",
          "x PyTorch", "load ms", "peak MB", "note")
+QUALITY = ("box", "point", "oracle")
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -34,21 +35,32 @@ def accuracy_rows(result: dict[str, Any]) -> list[list[str]]:
     """Agreement and quality by prompt kind, with a header; columns that nothing was measured for are left out."""
     rows = []
     for row in result["rows"]:
-        measured, quality = row.get("agreement") or {}, row.get("quality") or {}
+        measured, quality = row.get("agreement") or {}, row.get("quality") or []
         if not measured and not quality:
             continue
         name = [row["runtime"], row["precision"]]
         for kind in ("box", "point"):
             m = measured.get(kind)
             numbers = [str(m["prompts"]), *(f"{m[k]:.4f}" for k in ("mean", "p5", "worst"))] if m else [""] * 4
-            whole = (quality.get("all") or {}).get(kind)
-            kept = (row.get("retention") or {}).get(kind)
-            rows.append([*name, kind, *numbers, "" if whole is None else f"{whole:.4f}",
-                         "" if kept is None else f"{kept:.4f}"])
-    heads = ["runtime", "precision", "prompt", "prompts", "mean IoU with PyTorch", "5th percentile", "worst",
+            flips = f"{100 * measured['flip_rate']:.1f} %" if m and kind == "point" else ""
+            rows.append([*name, kind, *numbers, flips, *(_of_all(row, k, kind) for k in ("quality", "retention"))])
+    heads = ["runtime", "precision", "prompt", "prompts", "mean IoU with PyTorch", "5th percentile", "worst", "flips",
              "mIoU with ground truth", "retention"]
     used = [i for i in range(len(heads)) if any(r[i] for r in rows)]
     return [[r[i] for i in used] for r in (heads, *rows)] if rows else []
+
+
+def source_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Quality against the labels, a line for each runtime, precision and source, with a header."""
+    rows = [[row["runtime"], row["precision"], q["source"], str(q["regions"]), *(f"{q[k]:.4f}" for k in QUALITY)]
+            for row in result["rows"] for q in row.get("quality") or []]
+    heads = ["runtime", "precision", "source", "regions", "box mIoU", "point mIoU", "best of three mIoU"]
+    return [heads, *rows] if rows else []
+
+
+def _of_all(row: dict[str, Any], table: str, kind: str) -> str:
+    whole = next((q for q in row.get(table) or [] if q["source"] == "all"), {})
+    return "" if whole.get(kind) is None else f"{whole[kind]:.4f}"
 
 
 def facts(result: dict[str, Any]) -> str:

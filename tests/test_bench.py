@@ -60,7 +60,7 @@ def synthetic(seed: int, slowed: float = 1.0, noise: float = 0.06, rounds: int =
 
 def agreement(mean: float) -> dict[str, Any]:
     part = {"prompts": 10, "mean": mean, "p5": mean - 0.01, "worst": mean - 0.02}
-    return {"box": part, "point": part}
+    return {"box": part, "point": part, "flip_rate": 0.1}
 
 
 def test_summary_and_ratio() -> None:

@@ -23,7 +23,7 @@ import pocketsam
 from pocketsam.benchmarks.latency import Plan
 from pocketsam.benchmarks.results import read, write
 from pocketsam.benchmarks.run import RESULT, Options, run, write_reports
-from pocketsam.benchmarks.tables import HEADS, accuracy_rows, cells, facts
+from pocketsam.benchmarks.tables import HEADS, accuracy_rows, cells, facts, source_rows
 from pocketsam.benchmarks.targets import Target
 from pocketsam.builtin import BUILTIN_MODEL, checkpoint_for
 from pocketsam.errors import PocketSamError
@@ -138,7 +138,7 @@ def document(results: list[dict[str, Any]]) -> str:
             out += [f"The machine was disturbed in {calm} of {result['calm']['rounds']} rounds.", ""]
         out += [*table([list(HEADS), *(cells(r) for r in result["rows"])]), ""]
         if (accuracy := accuracy_rows(result)) and any(r.get("quality") for r in result["rows"]):
-            out += ["Accuracy on labelled images:", "", *table(accuracy), ""]
+            out += ["Accuracy on labelled images:", "", *table(accuracy), "", *table(source_rows(result)), ""]
     return "\n".join(out).rstrip() + "\n"
 
 
