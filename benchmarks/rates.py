@@ -14,16 +14,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 Call = Callable[[], object]
-SECONDS = 0.35
+SECONDS = 0.2
 LEAST_CALLS = 4
 # Beside this many times the last-level cache, what stays cached is negligible.
 CACHE_FACTOR, LEAST_BYTES, MOST_BYTES = 4, 64 * 2**20, 256 * 2**20
+# One call copies this much and goes on where the last one stopped: short calls find a quiet moment on a busy machine.
+SLICE_BYTES = 8 * 2**20
 CACHE_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 
 
@@ -40,12 +43,18 @@ def best_seconds(call: Call) -> float:
 
 
 def bandwidth(threads: int) -> float:
-    """byte/s of a copy cut into one slice for each thread; numpy releases the interpreter's lock."""
+    """byte/s of copies by several threads; numpy releases the interpreter's lock."""
     source = np.ones(_copy_bytes() // 8)
     target = np.zeros_like(source)
-    pairs = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
+    step = SLICE_BYTES // 8
+    pairs = cycle([(target[i:i + step], source[i:i + step]) for i in range(0, len(source) - step + 1, step)])
     with ThreadPoolExecutor(threads) as pool:
-        return 2 * source.nbytes / best_seconds(lambda: list(pool.map(lambda pair: np.copyto(*pair), pairs)))
+        def copy() -> None:
+            """Each thread takes a slice of its own."""
+            for done in [pool.submit(np.copyto, *next(pairs)) for _ in range(threads)]:
+                done.result()
+
+        return 2 * threads * SLICE_BYTES / best_seconds(copy)
 
 
 def _copy_bytes() -> int:
@@ -56,23 +65,23 @@ def _copy_bytes() -> int:
     return min(max(CACHE_FACTOR * cache, LEAST_BYTES), MOST_BYTES)
 
 
-def side(threads: int) -> int:
-    """Rows, inner size and columns of the product: enough work for each thread, small enough to repeat."""
-    return 1024 if threads <= 4 else 2048
+def sides(threads: int) -> tuple[int, ...]:
+    """Rows, inner size and columns of the products: enough work for each thread, small enough to repeat."""
+    return (512, 1024) if threads <= 4 else (1024, 2048)
 
 
-def numpy_product(threads: int) -> Call:
+def numpy_product(threads: int, side: int) -> Call:
     """The environment set the threads before numpy was loaded."""
-    a, b = (np.ones((side(threads), side(threads)), np.float32) for _ in range(2))
+    a, b = (np.ones((side, side), np.float32) for _ in range(2))
     return partial(np.matmul, a, b, out=np.empty_like(a))
 
 
-def onnx_product(threads: int, integer: bool) -> Call:
+def onnx_product(threads: int, side: int, integer: bool) -> Call:
     """ONNX Runtime with constant weights, which it packs once; u8 x s8 when ``integer``."""
     import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
 
-    shape = [side(threads), side(threads)]
+    shape = [side, side]
     weight = np.ones(shape, np.int8 if integer else np.float32)
     kinds = (TensorProto.UINT8, TensorProto.INT32) if integer else (TensorProto.FLOAT, TensorProto.FLOAT)
     x, y = (helper.make_tensor_value_info(n, k, shape) for n, k in zip("xy", kinds, strict=True))
@@ -86,12 +95,12 @@ def onnx_product(threads: int, integer: bool) -> Call:
     return partial(session.run, None, {"x": data})
 
 
-def openvino_product(threads: int) -> Call:
+def openvino_product(threads: int, side: int) -> Call:
     """OpenVINO with constant weights, in f32 as its runtime here."""
     import openvino as ov
     from openvino import opset13
 
-    ones = np.ones((side(threads), side(threads)), np.float32)
+    ones = np.ones((side, side), np.float32)
     x = opset13.parameter(ones.shape, np.float32, name="x")
     y = opset13.matmul(x, opset13.constant(ones), False, False)
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY",
@@ -100,19 +109,23 @@ def openvino_product(threads: int) -> Call:
     return partial(request.infer, {0: ones}, share_inputs=True, share_outputs=True)
 
 
+def rate(make: Callable[[int, int], Call], threads: int) -> float:
+    """Operations a second of the best size."""
+    return max(2 * side**3 / best_seconds(make(threads, side)) for side in sides(threads))
+
+
 def measure(threads: int) -> dict[str, float | None]:
     """Every installed engine, one after the other; the best one counts."""
-    fp32: list[Callable[[int], Call]] = [numpy_product]
+    fp32: list[Callable[[int, int], Call]] = [numpy_product]
     has_onnx = find_spec("onnx") is not None and find_spec("onnxruntime") is not None
     if has_onnx:
         fp32.append(partial(onnx_product, integer=False))
     if find_spec("openvino") is not None:
         fp32.append(openvino_product)
-    operations = 2 * side(threads)**3
     return {
         "bandwidth": bandwidth(threads),
-        "gemm_fp32": operations / min(best_seconds(make(threads)) for make in fp32),
-        "gemm_int8": operations / best_seconds(onnx_product(threads, integer=True)) if has_onnx else None,
+        "gemm_fp32": max(rate(make, threads) for make in fp32),
+        "gemm_int8": rate(partial(onnx_product, integer=True), threads) if has_onnx else None,
     }
 
 
