@@ -1,0 +1,1 @@
+"""Latency, accuracy and the floor: what a report is made of."""
