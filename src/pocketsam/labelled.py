@@ -18,6 +18,8 @@ from pocketsam.errors import LabelError
 from pocketsam.images import Rgb
 
 Regions = NDArray[np.int32]
+# What a damaged tar, index or picture raises.
+UNUSABLE = (OSError, KeyError, ValueError, TypeError, RecursionError, tarfile.TarError)
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,28 @@ def read_pack(path: Path, source: str | None = None, limit: int | None = None) -
     """
     try:
         with tarfile.open(path) as tar:
-            rows = json.loads(_member(tar, "index.json"))
+            rows = _index(tar)
             rows = [r for r in rows if source is None or str(r["source"]).lower().startswith(source.lower())]
             if limit is not None and limit < len(rows):
                 rows = [rows[i * len(rows) // limit] for i in range(limit)]
             for row in rows:
                 yield _decode(tar, row)
-    except (OSError, KeyError, ValueError, TypeError, tarfile.TarError) as e:
-        raise LabelError(f"{path} cannot be used as a labelled pack ({e}); expected a tar with index.json, photos and "
-                         "layers.") from e
+    except UNUSABLE as e:
+        raise _refusal(path, e) from e
+
+
+def count_photos(path: Path) -> tuple[int, int]:
+    """Photos of a pack, and how many of them have at least one layer of regions.
+
+    Raises:
+        LabelError: the file is not such a pack.
+    """
+    try:
+        with tarfile.open(path) as tar:
+            rows = _index(tar)
+            return len(rows), sum(bool(len(r["layers"])) for r in rows)
+    except UNUSABLE as e:
+        raise _refusal(path, e) from e
 
 
 def boxes_of(sample: Labelled) -> NDArray[np.float64]:
@@ -68,6 +83,18 @@ def boxes_of(sample: Labelled) -> NDArray[np.float64]:
             if len(rows):
                 found.append((columns[0], rows[0], columns[-1], rows[-1]))
     return np.array(found, np.float64).reshape(-1, 4)
+
+
+def _index(tar: tarfile.TarFile) -> list[dict[str, Any]]:
+    rows = json.loads(_member(tar, "index.json"))
+    if not isinstance(rows, list):
+        raise TypeError("index.json is not a list")
+    return rows
+
+
+def _refusal(path: Path, reason: Exception) -> LabelError:
+    return LabelError(f"{path} cannot be used as a labelled pack ({reason}); expected a tar with index.json, photos "
+                      "and layers.")
 
 
 def _decode(tar: tarfile.TarFile, row: dict[str, Any]) -> Labelled:

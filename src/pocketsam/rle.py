@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+# Bits of the longest run of any mask.
+MAX_SHIFT = 60
+
 
 def encode(mask: NDArray[np.bool_]) -> dict[str, Any]:
     """bool (H, W) -> ``{"size": [H, W], "counts": str}``, readable by pycocotools."""
@@ -20,9 +23,17 @@ def encode(mask: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def decode(rle: dict[str, Any]) -> NDArray[np.bool_]:
-    """Inverse of :func:`encode`."""
+    """Inverse of :func:`encode`; takes uncompressed runs, a list of integers, too.
+
+    Raises:
+        ValueError: the runs are damaged, or do not fill the size.
+    """
     h, w = rle["size"]
-    runs = _expand(rle["counts"])
+    counts = rle["counts"]
+    runs = _expand(counts) if isinstance(counts, str) else [int(n) for n in counts]
+    # Checked before anything is allocated: the runs come from a file.
+    if min(runs, default=0) < 0 or sum(runs) != h * w:
+        raise ValueError(f"the runs make {sum(runs)} pixels and the size is {h} x {w}")
     values = np.arange(len(runs)) % 2 == 1
     return np.repeat(values, runs).reshape((h, w), order="F")
 
@@ -49,6 +60,8 @@ def _expand(text: str) -> list[int]:
         bits = byte - 48
         x |= (bits & 31) << shift
         shift += 5
+        if shift > MAX_SHIFT:
+            raise ValueError("a run of a run-length encoding has no end")
         if not bits & 32:
             if bits & 16:
                 x -= 1 << shift
