@@ -59,7 +59,7 @@ def source_rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _of_all(row: dict[str, Any], table: str, kind: str) -> str:
-    whole = next((q for q in row.get(table) or [] if q["source"] == "all"), {})
+    whole: dict[str, Any] = next((q for q in row.get(table) or [] if q["source"] == "all"), {})
     return "" if whole.get(kind) is None else f"{whole[kind]:.4f}"
 
 
