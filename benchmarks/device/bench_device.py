@@ -163,7 +163,7 @@ def main() -> None:
     row = {"runtime": args.runtime, "format": FORMATS[args.runtime], "precision": args.precision,
            "threads": args.threads, "version": version, "reference": False, "status": "ok",
            "bytes": {g: rows[g]["bytes"] for g in ("encoder", "decoder")}, "load_ms": load_ms,
-           "peak_mb": int(peak.split()[0]) / 1024 if peak else None,
+           "peak_mb": int(peak.split()[0]) * 1024 / 1e6 if peak else None,
            "agreement": rows["encoder"].get("measured") or None, "quality": None,
            "encoder": encoder, "decoder": decoder}
     result = {"kind": "pocketsam-bench", "schema": 1, "complete": True,
