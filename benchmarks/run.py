@@ -75,6 +75,8 @@ def run(bundle: Path, options: Options, out: Path, report: Report) -> dict[str, 
                              f"{', '.join(sorted({t.runtime for t in targets}))}.")
     samples = accuracy.open_data(options.data) if options.data else None
     settings = {"script": "pocketsam bench", "threads": list(threads), **asdict(options.plan)}
+    if options.data:
+        settings |= {"images": options.images, "prompts_per_image": options.prompts, "regions": options.regions}
     result = header(opened, settings, options.device)
     last: list[Measured] = []
 

@@ -1,6 +1,6 @@
 """Measure every model on this machine and write docs/benchmarks.md. One command, resumable:
 
-    python tools/bench_docs.py WORK_FOLDER [MODEL ...] [--checkpoints FOLDER] [--data PACK] [--rounds 10] [--write]
+    python tools/bench_docs.py WORK_FOLDER [MODEL ...] [--checkpoints FOLDER] [--data PACK] [--images 60] [--rounds 10] [--write]
 
 Models without a checkpoint ``FOLDER/MODEL.pt`` get deterministic, untrained weights: speed and size do not depend on
 them, and their agreement says how exact the export is. A model whose ``bench.json`` is complete is not measured again.
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--checkpoints", type=Path)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--images", type=int, default=60, help="photos of --data")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--write", action="store_true", help="only write the document from what is in the folder")
     args = parser.parse_args()
@@ -88,7 +89,7 @@ def measure(model: str, args: argparse.Namespace) -> None:
     plan = replace(Plan(), rounds=max(3, args.rounds // 3), calls=(1, 10), warmup=1) if heavy else \
         replace(Plan(), rounds=args.rounds)
     data = args.data if model == BUILTIN_MODEL else None
-    options = Options(plan=plan, checkpoint=str(checkpoint or ""), data=data, rivals=others)
+    options = Options(plan=plan, checkpoint=str(checkpoint or ""), data=data, images=args.images, regions=8, rivals=others)
     result = run(bundle, options, folder, print)
     add_rival_facts(result, model, checkpoint, others, args.work / f"{model}.rivals")
     write(result, folder / RESULT)
