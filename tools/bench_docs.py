@@ -1,6 +1,6 @@
 """Measure every model on this machine and write docs/benchmarks.md. One command, resumable:
 
-    python tools/bench_docs.py WORK_FOLDER [MODEL ...] [--checkpoints FOLDER] [--data PACK] [--images 60] [--rounds 10] [--write]
+    python tools/bench_docs.py WORK_FOLDER [MODEL ...] [--checkpoints FOLDER] [--data PACK] [--rounds 10] [--write]
 
 Models without a checkpoint ``FOLDER/MODEL.pt`` get deterministic, untrained weights: speed and size do not depend on
 them, and their agreement says how exact the export is. A model whose ``bench.json`` is complete is not measured again.
@@ -89,7 +89,8 @@ def measure(model: str, args: argparse.Namespace) -> None:
     plan = replace(Plan(), rounds=max(3, args.rounds // 3), calls=(1, 10), warmup=1) if heavy else \
         replace(Plan(), rounds=args.rounds)
     data = args.data if model == BUILTIN_MODEL else None
-    options = Options(plan=plan, checkpoint=str(checkpoint or ""), data=data, images=args.images, regions=8, rivals=others)
+    options = Options(plan=plan, checkpoint=str(checkpoint or ""), data=data, images=args.images, regions=8,
+                      rivals=others)
     result = run(bundle, options, folder, print)
     add_rival_facts(result, model, checkpoint, others, args.work / f"{model}.rivals")
     write(result, folder / RESULT)
