@@ -32,7 +32,8 @@ PROMPTS = {
     "mask": {"points": [[0.38, 0.4]], "labels": [1], "mask": True},
 }
 GOLDEN_NAMES = dict(zip("abcde", PROMPTS, strict=True))
-MODELS = dict.fromkeys(("toy_sam", "lite0", "mobile_sam", "sam_vit_b"), ("fp32", "fp16"))
+MODELS = dict.fromkeys(("toy_sam", "toy_edge", "toy_hq", "toy_sam2", "toy_efficient_sam", "lite0", "mobile_sam",
+                        "sam_vit_b"), ("fp32", "fp16"))
 SLOW = set(MODELS) - {"toy_sam"}
 MATRIX = [
     pytest.param(m, r, p, id=f"{m}-{r}-{p}", marks=[pytest.mark.slow] if m in SLOW else [])
