@@ -21,6 +21,8 @@ KIND = "pocketsam-bench"
 SCHEMA = 1
 MAX_BYTES = 64 * 2**20
 GRAPHS = ("encoder", "decoder")
+# Times closer than this are equal on a busy machine.
+EQUAL = 1.05
 REQUIRED = ("machine", "model", "settings", "rows", "complete", "device")
 ROW_KEYS = ("runtime", "format", "precision", "threads", "status")
 
@@ -131,7 +133,7 @@ def mark_slower(rows: list[dict[str, Any]]) -> None:
             assert accuracy is not None
             assert better is not None
             assert reached is not None
-            if other["format"] == row["format"] and reached > accuracy and better < time:
+            if other["format"] == row["format"] and reached > accuracy and better * EQUAL < time:
                 row["slower_than"] = f"{other['runtime']} {other['precision']}"
 
 

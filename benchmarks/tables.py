@@ -18,7 +18,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [row["runtime"], row["precision"], str(row["threads"]), _one(megabytes(row)),
             "" if agreement is None or row.get("reference") else f"{agreement:.4f}",
             _time(encoder), _ratio(encoder), _floor(encoder), _time(decoder), _ratio(decoder),
-            _one(row.get("load_ms"), 0), _one(row.get("peak_mb"), 0), note(row)]
+            _one(row.get("load_ms"), 0), _one(row.get("peak_mb") or None, 0), note(row)]
 
 
 def note(row: dict[str, Any]) -> str:

@@ -42,23 +42,28 @@ class LiteRtExporter:
     def export(graph: EncoderGraph | DecoderGraph, spec: GraphSpec, precision: str, path: Path) -> None:
         """Convert one graph and write it."""
         with _quiet(), torch.no_grad():
-            import litert_torch
-
-            named = _Named(graph, spec).eval()
-            batches = ENTRY_BATCHES if spec.name == "decoder" else (1,)
-            converter: Any = litert_torch
-            for batch in batches:
-                inputs = dict(zip(spec.input_names, example_inputs(spec, batch), strict=True))
-                converter = converter.signature(signature_name(spec, batch), named, sample_kwargs=inputs)
-            model = converter.convert()
             if precision == "fp32":
-                model.export(str(path))
+                _convert(graph, spec, path)
                 return
             with tempfile.TemporaryDirectory() as folder:
-                full = Path(folder) / "fp32.tflite"
-                model.export(str(full))
-                del model
+                # The same export made the fp32 file of this graph a moment ago, where both precisions are asked for.
+                full = path.with_name(f"{spec.name}.fp32.tflite")
+                if not full.is_file():
+                    full = Path(folder) / full.name
+                    _convert(graph, spec, full)
                 _half_weights(full, path)
+
+
+def _convert(graph: EncoderGraph | DecoderGraph, spec: GraphSpec, path: Path) -> None:
+    """Write the fp32 file, one signature a prompt batch."""
+    import litert_torch
+
+    named = _Named(graph, spec).eval()
+    converter: Any = litert_torch
+    for batch in ENTRY_BATCHES if spec.name == "decoder" else (1,):
+        inputs = dict(zip(spec.input_names, example_inputs(spec, batch), strict=True))
+        converter = converter.signature(signature_name(spec, batch), named, sample_kwargs=inputs)
+    converter.convert().export(str(path))
 
 
 def signature_name(spec: GraphSpec, batch: int) -> str:

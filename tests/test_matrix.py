@@ -33,7 +33,7 @@ PROMPTS = {
 }
 GOLDEN_NAMES = dict(zip("abcde", PROMPTS, strict=True))
 # ViT-B's fp16 twins are held to the export's gate, on photos; the matrix would take minutes more for them.
-MODELS = {**dict.fromkeys(("toy_sam", "lite0", "mobile_sam"), ("fp32", "fp16")), "sam_vit_b": ("fp32",)}
+MODELS = {**dict.fromkeys(("toy_sam", "toy_sam2", "lite0", "mobile_sam"), ("fp32", "fp16")), "sam_vit_b": ("fp32",)}
 SLOW = set(MODELS) - {"toy_sam"}
 MATRIX = [
     pytest.param(m, r, p, id=f"{m}-{r}-{p}", marks=[pytest.mark.slow] if m in SLOW else [])

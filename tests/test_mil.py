@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pocketsam.runtimes.mil.errors import UnknownOperator
 from pocketsam.runtimes.mil.evaluate import OPERATORS, Evaluator
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)
@@ -146,6 +147,8 @@ OTHERS: list[Case] = [
     ("conv_transpose", lambda x, y: mb.conv_transpose(x=x, weight=WT, strides=[2, 2], pad_type="custom",
                                                       pad=[1, 1, 0, 0]),
      lambda x, y: F.conv_transpose2d(x, t(WT), None, 2, (1, 0))),
+    ("conv_transpose", lambda x, y: mb.conv_transpose(x=x, weight=WT, strides=[2, 2], output_shape=[2, 3, 12, 16]),
+     lambda x, y: F.conv_transpose2d(x, t(WT), None, 2)),
     ("avg_pool", lambda x, y: mb.avg_pool(x=x, kernel_sizes=[3, 3], strides=[2, 2], pad_type="custom",
                                           pad=[1, 1, 1, 1], exclude_padding_from_average=True),
      lambda x, y: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)),
@@ -223,3 +226,11 @@ def test_operator(computed: tuple[Evaluator, dict[str, Any], Tensor, Tensor], i:
 
 def test_every_operator_has_a_case() -> None:
     assert {c[0] for c in CASES} == set(OPERATORS)
+
+
+def test_another_output_shape_is_refused(tmp_path: Path) -> None:
+    """A row and a column more than the transposed convolution makes: where they come from is not documented."""
+    package = save(lambda x: mb.conv_transpose(x=x, weight=WT, strides=[2, 2], output_shape=[2, 3, 13, 17]),
+                   tmp_path / "more.mlpackage", shapes=1)
+    with pytest.raises(UnknownOperator, match="output_shape"):
+        Evaluator(package).run({"x": np.zeros(SHAPE, np.float32)})

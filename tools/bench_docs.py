@@ -21,7 +21,7 @@ import rivals
 
 import pocketsam
 from pocketsam.benchmarks.latency import Plan
-from pocketsam.benchmarks.results import read, write
+from pocketsam.benchmarks.results import mark_slower, read, write
 from pocketsam.benchmarks.run import RESULT, Options, run, write_reports
 from pocketsam.benchmarks.tables import HEADS, accuracy_rows, cells, facts, source_rows
 from pocketsam.benchmarks.targets import Target
@@ -137,12 +137,14 @@ def document(results: list[dict[str, Any]]) -> str:
     """The whole document; nothing in it is typed by hand."""
     out = [INTRO]
     for result in results:
+        mark_slower(result["rows"])
         out += [f"## {result['model']['name']}", "", facts(result), ""]
         if calm := result.get("calm", {}).get("disturbed"):
             out += [f"The machine was disturbed in {calm} of {result['calm']['rounds']} rounds.", ""]
         out += [*table([list(HEADS), *(cells(r) for r in result["rows"])]), ""]
         if (accuracy := accuracy_rows(result)) and any(r.get("quality") for r in result["rows"]):
-            out += ["Accuracy on labelled images:", "", *table(accuracy), "", *table(source_rows(result)), ""]
+            by_source = [r for r in source_rows(result) if r[0] in ("runtime", "pytorch")]
+            out += ["Accuracy on labelled images:", "", *table(accuracy), "", *table(by_source), ""]
     return "\n".join(out).rstrip() + "\n"
 
 

@@ -1,14 +1,18 @@
 """Write docs/models.md from the catalogue: parameters, work, checkpoints, licences and proof of every model.
 
-    python tools/make_models_doc.py [docs/models.md]
+    python tools/make_models_doc.py [docs/models.md] [--measured FOLDER]
 
 Multiply-accumulates are counted by torch on the meta device, with attention in its explicit form; nothing is loaded.
+Times and sizes come from FOLDER/MODEL.json, the output of ``tools/measure_main_path.py`` for that model.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,6 +39,21 @@ all code with a sibling whose outputs are compared.
 """
 
 
+MEASURED = """
+## Speed and size
+
+Encoders in fp32, one image at the native side, PyTorch eager against the exported formats: each runtime in a process of
+its own, taking turns, by `python tools/measure_main_path.py BUNDLE MODEL --checkpoint FILE`. Times are medians; *times
+faster* is the median over rounds of the ratio to PyTorch, so that a drift of the machine cancels. The best format is
+the one with the highest ratio; Core ML needs a Mac and is not timed. Sizes are those of encoder and decoder together,
+in fp32. A dash: not measured.
+
+| model | PyTorch, ms | best format | its ms | times faster | ONNX, MB | OpenVINO, MB | LiteRT, MB | Core ML, MB |
+|---|---|---|---|---|---|---|---|---|
+"""
+REFERENCE = "pytorch fp32"
+
+
 def encoder_gflops(name: str) -> tuple[float, float]:
     """(parameters in millions, encoder GFLOPs) of a model."""
     with torch.device("meta"):
@@ -55,8 +74,64 @@ def row(name: str) -> str:
             f"{files} | {proof} |\n")
 
 
+def measurements(folder: Path | None) -> dict[str, dict[str, Any]]:
+    """Model -> what was measured of it."""
+    found = {} if folder is None else {f.stem: json.loads(f.read_text("utf-8")) for f in sorted(folder.glob("*.json"))}
+    for name, data in found.items():
+        if data["model"] != name:
+            sys.exit(f"{name}.json holds measurements of {data['model']}; name each file after its model.")
+    return found
+
+
+def best_of(encoder: dict[str, dict[str, float]]) -> str:
+    """The fp32 runtime with the highest ratio to PyTorch."""
+    exported = [n for n in encoder if n != REFERENCE and n.endswith(" fp32")]
+    return max(exported, key=lambda n: encoder[n]["times_faster"])
+
+
+def speed_row(name: str, data: dict[str, Any] | None) -> str:
+    """One line of the second table."""
+    if data is None:
+        return f"| {name} |" + " - |" * 8 + "\n"
+    encoder = data["encoder"]
+    best = best_of(encoder)
+    cells = [f"{encoder[REFERENCE]['p50_ms']:.0f}", best.removesuffix(" fp32"), f"{encoder[best]['p50_ms']:.0f}",
+             f"{encoder[best]['times_faster']:.2f}"]
+    files = [data["files"].get(f"{f} fp32") for f in registry.FORMATS]
+    cells += ["-" if f is None else f"{f['mb']:.1f}" for f in files]
+    return f"| {name} | {' | '.join(cells)} |\n"
+
+
+def conditions(measured: dict[str, dict[str, Any]]) -> str:
+    """One sentence for each machine, threads and versions; with the models it covers if there are several."""
+    groups: dict[str, list[str]] = {}
+    for name, data in measured.items():
+        host = data["machine"]
+        versions = ", ".join(f"{n.removesuffix(' fp32')} {v}" for n, v in data["versions"].items()
+                             if n.endswith(" fp32"))
+        text = (f"{data['threads']} threads on {host['cores']} cores of {host['cpu']} ({' '.join(host['features'])}), "
+                f"{host['system']}, Python {host['python']}; {versions}.")
+        groups.setdefault(text, []).append(name)
+    if not groups:
+        return ""
+    if len(groups) == 1:
+        return f"\nMeasured with {next(iter(groups))}\n"
+    return "".join(f"\nMeasured for {', '.join(names)} with {text}\n" for text, names in groups.items())
+
+
+def document(names: list[str], measured: dict[str, dict[str, Any]]) -> str:
+    """The whole page."""
+    if unknown := sorted(set(measured) - set(names)):
+        sys.exit(f"no such model: {', '.join(unknown)}.")
+    return (HEAD + "".join(row(n) for n in names) + MEASURED + "".join(speed_row(n, measured.get(n)) for n in names)
+            + conditions(measured))
+
+
 if __name__ == "__main__":
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "models.md"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", type=Path, nargs="?", default=ROOT / "docs" / "models.md")
+    parser.add_argument("--measured", type=Path, help="Folder of MODEL.json files.")
+    args = parser.parse_args()
     names = [n for n in registry.MODELS if n != "lite0"]
-    target.write_text(HEAD + "".join(row(n) for n in names), encoding="utf-8")
-    print(f"wrote {target}: {len(names)} models")
+    args.target.write_text(document(names, measurements(args.measured)), encoding="utf-8")
+    print(f"wrote {args.target}: {len(names)} models")

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pocketsam.bundle import read_bundle
+from pocketsam.bundle import Bundle, read_bundle
 from pocketsam.doctor import machine
 from pocketsam.geometry import Frame, masks_from_logits, to_model_image
 from pocketsam.prompts import Prompt, decoder_inputs
@@ -145,13 +145,22 @@ def main() -> None:
     host = host_times(bundle.spec, bundle.slots, args.rounds * 2)
     print(json.dumps({
         "machine": machine(), "threads": args.threads, "model": bundle.spec.name,
-        "versions": {n: w.facts["version"] for n, w in workers.items()},
+        "versions": {n: w.facts["version"] for n, w in workers.items()}, "files": files_of(bundle),
         "encoder": summary(encoder, "pytorch fp32"), "decoder_one_prompt": summary(decoder, "pytorch fp32"),
         "load_s": {n: w.facts["load_s"] for n, w in workers.items()},
         "peak_mb": {n: w.peak_mb for n, w in workers.items()},
         "host_12_megapixels_ms_p50": {n: round(float(np.median(v)), 1) for n, v in host.items()},
         "host_12_megapixels_ms_p50_total": round(sum(float(np.median(v)) for v in host.values()), 1),
     }, indent=2))
+
+
+def files_of(bundle: Bundle) -> dict[str, dict[str, float]]:
+    """Size of both graphs in MB and the mask agreement measured at export, by format and precision."""
+    out: dict[str, dict[str, float]] = {}
+    for a in bundle.artifacts:
+        row = out.setdefault(f"{a.format} {a.precision}", {"mb": 0.0, "mask_agreement": a.measured["all"]["mean"]})
+        row["mb"] = round(row["mb"] + a.bytes / 1e6, 1)
+    return out
 
 
 def host_times(spec: ModelSpec, slots: int, rounds: int) -> dict[str, list[float]]:

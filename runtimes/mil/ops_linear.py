@@ -59,18 +59,23 @@ def conv(a: Arguments) -> Tensor:
 
 
 def conv_transpose(a: Arguments) -> Tensor:
-    """Padding crops the full result, which is the same as torch's padding when both sides are equal."""
+    """Padding crops the full result, which is the same as torch's padding when both sides are equal.
+
+    coremltools writes the resulting ``output_shape`` into each program; one that asks for another is refused.
+    """
     x, weight = a["x"], a["weight"]
     n = x.ndim - 2
     kind = a.text("pad_type", "valid")
-    if kind not in ("valid", "custom") or "output_shape" in a:
-        raise UnknownOperator("conv_transpose", f"pad_type {kind}" if "output_shape" not in a else "output_shape")
+    if kind not in ("valid", "custom"):
+        raise UnknownOperator("conv_transpose", f"pad_type {kind}")
     strides, dilations = a.ints("strides", [1] * n), a.ints("dilations", [1] * n)
     y = CONV_TRANSPOSE[n](x, weight, a.optional("bias"), strides, 0, 0, a.int("groups", 1), dilations)
     amounts = a.ints("pad", [0] * 2 * n) if kind == "custom" else [0] * 2 * n
     for axis in range(n):
         before, after = amounts[2 * axis:2 * axis + 2]
         y = y.narrow(axis + 2, before, y.shape[axis + 2] - before - after)
+    if (wanted := a.ints("output_shape", list(y.shape))) != list(y.shape):
+        raise UnknownOperator("conv_transpose", f"output_shape {wanted}: computed {list(y.shape)}")
     return y
 
 
