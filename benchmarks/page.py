@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabula
 td, th { border-bottom: 1px solid var(--line); padding: .25rem .55rem; text-align: right; white-space: nowrap; }
 td:first-child, th:first-child, td:nth-child(2), th:nth-child(2), td.text { text-align: left; }
 td.text { white-space: normal; min-width: 12rem; }
+th:last-child { text-align: left; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1.5rem; }
 svg { width: 100%; max-width: 760px; height: auto; font: 11px system-ui, sans-serif; }
 .label { paint-order: stroke; stroke: var(--bg); stroke-width: 3px; } .grid { stroke: var(--line); }
@@ -79,16 +81,22 @@ def _plots(results: Sequence[dict[str, Any]]) -> list[str]:
     agreements = [mean_agreement(row) for _, row in usable]
     known = [i for i, a in enumerate(agreements) if a is not None]
     front = pareto([(times[i], float(agreements[i] or 0)) for i in known])
-    exact = [Point(times[i], float(agreements[i] or 0), names[i], colors[i], f)
+    exact = [Point(times[i], nines(float(agreements[i] or 0)), names[i], colors[i], f)
              for i, f in zip(known, front, strict=True)]
     sizes = [(i, megabytes(row)) for i, (_, row) in enumerate(usable)]
     small = [Point(times[i], mb, names[i], colors[i]) for i, mb in sizes if mb]
     x = "encoder + one prompt, ms (p50)"
     return ["<div class=plots><section><h2>Latency and accuracy</h2>",
             "<p class=dim>Mean mask agreement with PyTorch; the dashed line is the front: nothing is both faster and "
-            "closer.</p>", scatter(exact, x, "mask agreement", "latency against accuracy"),
+            "closer.</p>", scatter(exact, x, "mask agreement", "latency against accuracy",
+                                   lambda v: f"{1 - 10**-v:.5g}"),
             "</section><section><h2>Latency and size</h2><p class=dim>Encoder and decoder files together.</p>",
             scatter(small, x, "MB", "latency against size"), "</section></div>", *_cold(results)]
+
+
+def nines(agreement: float) -> float:
+    """0.9 -> 1, 0.99 -> 2, and so on, at most 5: near 1 every nine counts."""
+    return -math.log10(max(1 - agreement, 1e-5))
 
 
 def _cold(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -115,7 +123,7 @@ def _breakdown(result: dict[str, Any]) -> str:
         if not operators or not operators.get("kinds"):
             continue
         parts = []
-        for kind, ms in operators["kinds"].items():
+        for kind, ms in _merged(operators["kinds"]).items():
             color = kinds.setdefault(kind, SERIES[len(kinds) % len(SERIES)])
             parts.append((kind, ms, color))
         rows.append(Bar(_name(result, row, False), tuple(parts)))
@@ -127,6 +135,14 @@ def _breakdown(result: dict[str, Any]) -> str:
         return ""
     return ("<h2>Where the encoder's time goes</h2><p class=dim>By each runtime's own profiler, which slows it a "
             f"little; runtimes without one are absent.</p>{bars(rows, 'ms', 'time by operator')}{''.join(tables)}")
+
+
+def _merged(kinds: dict[str, float]) -> dict[str, float]:
+    """Kinds without their kernels, so that runtimes share colours."""
+    out: dict[str, float] = {}
+    for kind, ms in kinds.items():
+        out[kind.split()[0]] = out.get(kind.split()[0], 0.0) + ms
+    return out
 
 
 def _method(result: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 640, 360
@@ -31,19 +31,24 @@ class Bar:
     parts: tuple[tuple[str, float, str], ...]
 
 
-def scatter(points: Sequence[Point], x_label: str, y_label: str, title: str, log_x: bool = True) -> str:
-    """Marks with their labels, and a step line through the points of the front."""
+def scatter(points: Sequence[Point], x_label: str, y_label: str, title: str,
+            y_text: Callable[[float], str] | None = None) -> str:
+    """Marks with their labels over a logarithmic x, and a step line through the points of the front.
+
+    Args:
+        y_text: what a tick of the y axis says; the number itself when left out.
+    """
     if not points:
         return "<p class=dim>Nothing was measured.</p>"
-    ticks_x = _log_ticks([p.x for p in points]) if log_x else _ticks([0, *(p.x for p in points)])
+    ticks_x = _log_ticks([p.x for p in points])
     ticks_y = _ticks([p.y for p in points])
-    to_x = _scale(ticks_x[0], ticks_x[-1], LEFT, WIDTH - RIGHT, log_x)
+    to_x = _scale(ticks_x[0], ticks_x[-1], LEFT, WIDTH - RIGHT, True)
     to_y = _scale(ticks_y[0], ticks_y[-1], HEIGHT - BOTTOM, TOP, False)
     body = [*(f'<line class=grid x1="{to_x(t):.1f}" x2="{to_x(t):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
               f'<text class=tick text-anchor=middle x="{to_x(t):.1f}" y="{HEIGHT - BOTTOM + 16}">{_number(t)}</text>'
               for t in ticks_x),
             *(f'<line class=grid x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{to_y(t):.1f}" y2="{to_y(t):.1f}"/>'
-              f'<text class=tick text-anchor=end x="{LEFT - 6}" y="{to_y(t) + 4:.1f}">{_number(t)}</text>'
+              f'<text class=tick text-anchor=end x="{LEFT - 6}" y="{to_y(t) + 4:.1f}">{(y_text or _number)(t)}</text>'
               for t in ticks_y)]
     body.append(_front([p for p in points if p.front], to_x, to_y))
     taken: list[tuple[float, float, float]] = []
@@ -117,20 +122,21 @@ def _front(points: list[Point], to_x: _Scale, to_y: _Scale) -> str:
 
 
 def _mark(p: Point, x: float, y: float, taken: list[tuple[float, float, float]]) -> str:
-    """The mark and its label, moved up or down until it meets no other label."""
+    """The mark and its label, moved up or down until it meets no other; where none fits, hovering still names it."""
     wide = 6.4 * len(p.label)
     right = x + 10 + wide < WIDTH
     start = x + 10 if right else x - 10 - wide
     row = y + 4
-    for step in (0, -14, 14, -28, 28, -42, 42):
-        row = y + 4 + step
-        clear = all(abs(row - r) >= 12 or start + wide < a or start > b for r, a, b in taken)
-        if TOP < row < HEIGHT - BOTTOM and clear:
-            break
+    mark = (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="var({p.color})"><title>{html.escape(p.label)}</title>'
+            "</circle>")
+    rows = [y + 4 + step for step in (0, -14, 14, -28, 28, -42, 42, 56, 70)]
+    free = (row for row in rows if TOP < row < HEIGHT - BOTTOM
+            and all(abs(row - r) >= 12 or start + wide < a or start > b for r, a, b in taken))
+    if (row := next(free, None)) is None:
+        return mark
     taken.append((row, start, start + wide))
     anchor = "start" if right else "end"
-    return (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="var({p.color})"/>'
-            f'<text class=label text-anchor={anchor} x="{x + (10 if right else -10):.1f}" y="{row:.1f}">'
+    return (f'{mark}<text class=label text-anchor={anchor} x="{x + (10 if right else -10):.1f}" y="{row:.1f}">'
             f'{html.escape(p.label)}</text>')
 
 
