@@ -125,15 +125,15 @@ def _mark(p: Point, x: float, y: float, taken: list[tuple[float, float, float]])
     """The mark and its label, moved up or down until it meets no other; where none fits, hovering still names it."""
     wide = 6.4 * len(p.label)
     right = x + 10 + wide < WIDTH
-    start = x + 10 if right else x - 10 - wide
     row = y + 4
     mark = (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="var({p.color})"><title>{html.escape(p.label)}</title>'
             "</circle>")
     rows = [y + 4 + step for step in (0, -14, 14, -28, 28, -42, 42, 56, 70)]
-    free = (row for row in rows if TOP < row < HEIGHT - BOTTOM
-            and all(abs(row - r) >= 12 or start + wide < a or start > b for r, a, b in taken))
-    if (row := next(free, None)) is None:
+    free = [r for r in rows if TOP < r < HEIGHT - BOTTOM
+            and all(abs(r - t) >= 12 or start + wide < a or start > b for t, a, b in taken)]
+    if not free:
         return mark
+    row = free[0]
     taken.append((row, start, start + wide))
     anchor = "start" if right else "end"
     return (f'{mark}<text class=label text-anchor={anchor} x="{x + (10 if right else -10):.1f}" y="{row:.1f}">'
