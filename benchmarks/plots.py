@@ -125,7 +125,7 @@ def _mark(p: Point, x: float, y: float, taken: list[tuple[float, float, float]])
     """The mark and its label, moved up or down until it meets no other; where none fits, hovering still names it."""
     wide = 6.4 * len(p.label)
     right = x + 10 + wide < WIDTH
-    row = y + 4
+    start = x + 10 if right else x - 10 - wide
     mark = (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="var({p.color})"><title>{html.escape(p.label)}</title>'
             "</circle>")
     rows = [y + 4 + step for step in (0, -14, 14, -28, 28, -42, 42, 56, 70)]
