@@ -42,8 +42,8 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, title: str,
         return "<p class=dim>Nothing was measured.</p>"
     ticks_x = _log_ticks([p.x for p in points])
     ticks_y = _ticks([p.y for p in points])
-    to_x = _scale(ticks_x[0], ticks_x[-1], LEFT, WIDTH - RIGHT, True)
-    to_y = _scale(ticks_y[0], ticks_y[-1], HEIGHT - BOTTOM, TOP, False)
+    to_x = _Scale(ticks_x[0], ticks_x[-1], LEFT, WIDTH - RIGHT, True)
+    to_y = _Scale(ticks_y[0], ticks_y[-1], HEIGHT - BOTTOM, TOP, False)
     body = [*(f'<line class=grid x1="{to_x(t):.1f}" x2="{to_x(t):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
               f'<text class=tick text-anchor=middle x="{to_x(t):.1f}" y="{HEIGHT - BOTTOM + 16}">{_number(t)}</text>'
               for t in ticks_x),
@@ -106,9 +106,6 @@ class _Scale:
         v = math.log(value) if self.log else value
         share = (v - self.low) / (self.high - self.low) if self.high > self.low else 0.5
         return self.start + share * (self.stop - self.start)
-
-
-_scale = _Scale
 
 
 def _front(points: list[Point], to_x: _Scale, to_y: _Scale) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from pocketsam.benchmarks.page import page
 from pocketsam.benchmarks.results import header, mark_slower, to_csv, write
 from pocketsam.benchmarks.targets import EVALUATOR_NOTE, Target, open_target, targets_of
 from pocketsam.bundle import Bundle, read_bundle
+from pocketsam.doctor import machine
 from pocketsam.errors import BenchmarkError
 from pocketsam.files import staged_file
 from pocketsam.predictor import Predictor
@@ -105,8 +105,7 @@ def check_threads(threads: tuple[int, ...]) -> tuple[int, ...]:
     Raises:
         BenchmarkError: fewer than 1, or more than this process may use.
     """
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = int(machine()["cores"])
     for count in threads:
         if not 1 <= count <= cores:
             raise BenchmarkError(f"threads is {count}; expected 1 to {cores}, the cores of this machine.")

@@ -6,7 +6,6 @@ import io
 import json
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from blobs import BlobRuntime
 from PIL import Image
+from tars import write_tar
 
 from pocketsam import rle
 from pocketsam.benchmarks.accuracy import agreement, open_data, quality, regions, retention
@@ -52,12 +52,7 @@ def make_pack(path: Path, photos: int = 4, layers: int = 2) -> Path:
             rows.append({"file": f"im{i}.{k}.png", "regions": 2, "kind": "regions"})
         index.append({"id": f"im{i}", "source": f"drawn{i % 2}", "layers": rows})
     members["index.json"] = json.dumps(index).encode()
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
+    return write_tar(path, members)
 
 
 def disc() -> np.ndarray:

@@ -7,7 +7,6 @@ import json
 import math
 import subprocess
 import sys
-import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tars import write_tar
 from torch import Tensor, nn
 
 from pocketsam.models.lite0 import lite0
@@ -75,12 +75,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
         index.append({"id": f"im{i}", "source": f"drawn{i % 2}", "width": w, "height": h, "split": "test",
                       "layers": [{"file": f"im{i}.0.png", "regions": int(ids.max()), "kind": "regions"}]})
     members["index.json"] = json.dumps(index).encode()
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
+    return write_tar(path, members)
 
 
 @pytest.fixture(scope="module")

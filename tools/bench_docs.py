@@ -26,6 +26,7 @@ from pocketsam.benchmarks.run import RESULT, Options, run, write_reports
 from pocketsam.benchmarks.tables import HEADS, accuracy_rows, cells, facts, source_rows
 from pocketsam.benchmarks.targets import Target
 from pocketsam.builtin import BUILTIN_MODEL, checkpoint_for
+from pocketsam.doctor import machine
 from pocketsam.errors import PocketSamError
 from pocketsam.images import load_rgb
 from pocketsam.parity import compare
@@ -107,7 +108,7 @@ def find_checkpoint(model: str, folder: Path) -> Path | None:
 
 
 def rival_targets(model: str, checkpoint: Path, folder: Path) -> tuple[Target, ...]:
-    threads = len(os.sched_getaffinity(0))
+    threads = int(machine()["cores"])
     rivals.make(model, checkpoint, folder)
     found = [Target(rivals.PLAIN, "fp32", threads, source=f"{model}:{folder}", factory="rivals:open_plain"),
              Target(rivals.DYNAMIC, "int8", threads, source=f"{model}:{folder}", factory="rivals:open_plain")]
