@@ -36,7 +36,8 @@ PARITY_IMAGES = 3
 
 def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], precisions: Sequence[str], out: Path,
                   slots: int = DEFAULT_SLOTS, gate: float | None = None, images: Sequence[ImageLike] | None = None,
-                  image_size: int | None = None, report: Report = lambda text: None) -> Bundle:
+                  image_size: int | None = None, report: Report = lambda text: None, calibration: Path | None = None,
+                  search_seconds: float = 0) -> Bundle:
     """Export a model and prove every artifact against the PyTorch reference.
 
     Args:
@@ -50,6 +51,8 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
             PyTorch at this side with PyTorch at the native one is stored in ``weights["native_agreement"]``.
         images: images to measure on; by default photos that ship with the package.
         report: called with one line per step.
+        calibration: for int8: folder or pack of images; by default the photos that ship with the package.
+        search_seconds: for int8: how long to look for layers to keep in float when a gate is missed.
 
     Raises:
         CheckpointError, UnknownName, UsageError: bad input.
@@ -57,12 +60,16 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
         OutputError: the folder cannot be written.
     """
     exporters = _check(formats, precisions, slots, gate)
+    recipes = [p for p in precisions if p in registry.RECIPES]
+    asked, precisions = precisions, _floats(precisions)
     old = _existing(out)
     rgbs = [load_rgb(i) for i in images] if images else [load_rgb(p) for p in photo_paths()[:PARITY_IMAGES]]
     report(f"loading {checkpoint}")
     image_size = None if image_size == spec_of(model).image_size else image_size
     loaded = load_model(model, checkpoint, image_size)
     sha256 = weights_sha256(loaded)
+    images_to_calibrate = None if not recipes else registry.entry("pocketsam.quantize.calibration:collect")(
+        calibration, loaded.spec)
     weights: dict[str, Any] = {"sha256": sha256, "file": checkpoint.name, "file_sha256": sha256_file(checkpoint),
                                "licence": licence_of(model)}
     report(f"weights licence of {model}: {weights['licence']}")
@@ -84,11 +91,18 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
                     continue
                 for graph in ("encoder", "decoder"):
                     rows.append(_make(exporter, loaded, graph, precision, slots, sha256, kept, old, staging, report))
-        rows += _carry_over(kept, rows, old, staging)
+        rows += _carry_over(kept, rows, old, staging, recipes)
+        module = _modules(loaded, slots) if recipes else None
         del loaded
         gc.collect()
         bundle = Bundle(staging, spec, slots, weights, tools, tuple(rows))
-        bundle = _prove(bundle, checkpoint, image_size, exporters, precisions, gate, rgbs, report)
+        bundle = _prove(bundle, checkpoint, image_size, exporters, precisions, gate if not recipes else None, rgbs,
+                        report)
+        if recipes:
+            reference = registry.load("runtime", "pytorch").from_checkpoint(model, checkpoint, image_size=image_size)
+            bundle = _quantize(bundle, reference, exporters, recipes, module, gate, rgbs, images_to_calibrate,
+                               search_seconds, kept, old, report)
+            bundle = _without_unasked(bundle, asked, kept)
         (staging / MANIFEST).write_text(to_json(bundle), encoding="utf-8")
     report(f"wrote {out}")
     return replace(bundle, root=out)
@@ -103,9 +117,16 @@ def _check(formats: Sequence[str], precisions: Sequence[str], slots: int, gate: 
         raise UsageError(f"gate is {gate}; expected a mask IoU from 0 to 1.")
     exporters = [registry.load("format", f) for f in dict.fromkeys(formats)]
     for precision in precisions:
-        if not any(precision in e.precisions for e in exporters):
-            raise UnknownName("precision", precision, {p for e in exporters for p in e.precisions})
+        if precision not in registry.RECIPES and not any(precision in e.precisions for e in exporters):
+            known = {p for e in exporters for p in e.precisions}
+            raise UnknownName("precision", precision, {*known, *registry.RECIPES})
     return exporters
+
+
+def _floats(precisions: Sequence[str]) -> list[str]:
+    """What to convert from torch: the float precisions, and fp32 where an int8 recipe starts from it."""
+    floats = [p for p in precisions if p not in registry.RECIPES]
+    return floats if "fp32" in floats or len(floats) == len(precisions) else ["fp32", *floats]
 
 
 def _existing(out: Path) -> Bundle | None:
@@ -159,10 +180,56 @@ def _copy(old: Bundle, row: Artifact, path: Path) -> bool:
     return True
 
 
-def _carry_over(kept: list[Artifact], rows: list[Artifact], old: Bundle | None, staging: Path) -> list[Artifact]:
-    """Artifacts of other formats that the existing bundle holds for the same weights."""
-    made = {r.path for r in rows}
-    return [] if old is None else [a for a in kept if a.path not in made and _copy(old, a, staging / a.path)]
+def _carry_over(kept: list[Artifact], rows: list[Artifact], old: Bundle | None, staging: Path,
+                remade: Sequence[str]) -> list[Artifact]:
+    """Artifacts of other formats and precisions that the existing bundle holds for the same weights."""
+    made = {(r.path, r.precision) for r in rows}
+    formats = {r.format for r in rows}
+    out: list[Artifact] = []
+    for a in kept:
+        wanted = (a.path, a.precision) not in made and not (a.precision in remade and a.format in formats)
+        if old is not None and wanted and ((staging / a.path).exists() or _copy(old, a, staging / a.path)):
+            out.append(a)
+    return out
+
+
+def _modules(model: Any, slots: int) -> Callable[[str, str], Any]:
+    """(graph, format) -> the torch module that an exporter converts."""
+    def make(graph: str, format_: str) -> Any:
+        absorb = graph == "decoder" and registry.load("format", format_).absorb
+        prepared = rewrites.with_absorbed_decoder(model) if absorb else model
+        return (EncoderGraph(prepared) if graph == "encoder" else DecoderGraph(prepared, slots)).eval()
+
+    return make
+
+
+def _quantize(bundle: Bundle, reference: Any, exporters: Sequence[Any], recipes: Sequence[str], module: Any,
+              gate: float | None, images: list[Rgb], calibration: Any, seconds: float, kept: list[Artifact],
+              old: Bundle | None, report: Report) -> Bundle:
+    """The int8 stage; ``pocketsam.quantize`` builds on this package, so it is looked up by name."""
+    def copy(row: Artifact) -> bool:
+        return old is not None and ((bundle.root / row.path).exists() or _copy(old, row, bundle.root / row.path))
+
+    stage = registry.entry("pocketsam.quantize.build:Stage")(
+        module, reference, images, calibration, gate, seconds, kept, copy, report)
+    done: Bundle = registry.entry("pocketsam.quantize.build:quantize")(
+        bundle, [(e.name, e.runtime) for e in exporters], recipes, stage)
+    tools = dict(bundle.tools)
+    for exporter in exporters:
+        tools |= registry.load("quantizer", exporter.name).tools()
+    return replace(done, tools=tools)
+
+
+def _without_unasked(bundle: Bundle, asked: Sequence[str], kept: list[Artifact]) -> Bundle:
+    """Drop fp32 rows that only served as a source; a file that an int8 row shares stays."""
+    if "fp32" in asked:
+        return bundle
+    before = {(a.path, a.precision) for a in kept}
+    rows = tuple(a for a in bundle.artifacts if a.precision != "fp32" or (a.path, a.precision) in before)
+    for path in {a.path for a in bundle.artifacts} - {a.path for a in rows}:
+        target = bundle.root / path
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    return replace(bundle, artifacts=rows)
 
 
 def native_agreement(model: str, checkpoint: Path, image_size: int, images: list[Rgb]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ def load(source: str | Path = BUILTIN_MODEL, *, runtime: str = "auto", checkpoin
         runtime: ``onnxruntime``, ``openvino``, ``litert``, ``coreml``, ``pytorch``, or ``auto``: the fastest runtime of
             this bundle, measured here once (a few seconds) and remembered.
         checkpoint: official checkpoint file, for ``runtime="pytorch"``; lite0's ships with the package.
-        precision: ``fp32``, ``fp16``, or ``auto`` to let the measurement choose that too.
+        precision: ``fp32``, ``fp16``, ``int8`` (or another recipe that the bundle holds), or ``auto`` to let the
+            measurement choose that too.
         threads: CPU threads; the engine's default when None.
         image_size: input side for a model with ``checkpoint``, instead of its own; a bundle keeps its own.
 
@@ -118,4 +119,4 @@ def _only_precision(bundle: Bundle, runtime: str) -> str:
     """The most accurate precision that the bundle holds for a runtime."""
     format_ = registry.RUNTIME_FORMATS.get(registry.check("runtime", runtime))
     held = {a.precision for a in bundle.artifacts if a.format == format_}
-    return next((p for p in ("fp32", "fp16", "int8") if p in held), "fp32")
+    return next((p for p in ("fp32", "fp16", *registry.RECIPES) if p in held), "fp32")

@@ -31,6 +31,7 @@ class Artifact:
         inputs, outputs: [{name, dtype, shape}] as exported.
         key: sha256 of everything the artifact depends on; export rebuilds it only when this changes.
         measured: numbers taken when it was made (tensor error, mask agreement, seconds).
+        quantization: of int8 artifacts: recipe, calibration, layers in float and why, size and time against fp32.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Artifact:
     outputs: list[dict[str, Any]]
     key: str
     measured: dict[str, Any] = field(default_factory=dict)
+    quantization: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 import pocketsam
-from pocketsam.commands import bench, bundles, everything, info, segment, tasks
+from pocketsam.commands import bench, bundles, everything, info, quantize, segment, tasks
 from pocketsam.commands.console import err, escape, out
 from pocketsam.errors import PocketSamError
 
 app = typer.Typer(help="Segment Anything on phones, browsers and boards: export, run and measure, checked against "
                        "PyTorch.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (info.models, bundles.export, segment.segment, everything.everything, tasks.instances, tasks.proposals,
-                tasks.edges, bundles.verify, bundles.tune, info.demo, info.doctor):
+                tasks.edges, bundles.verify, bundles.tune, quantize.quantize, info.demo, info.doctor):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 

@@ -18,7 +18,7 @@ from pocketsam.predictor import Predictor
 from pocketsam.prompts import Prompt
 from pocketsam.resampling import Floats
 
-GATES = {"fp32": 0.999, "fp16": 0.995, "int8": 0.97}
+GATES = {"fp32": 0.999, "fp16": 0.995, "int8": 0.97, "int8-dynamic": 0.97, "int8-weights": 0.97}
 PROMPTS_PER_IMAGE = 8
 
 

@@ -31,6 +31,16 @@ RUNTIMES = {
     "coreml": "pocketsam.runtimes.coreml:CoreMlRuntime",
 }
 
+QUANTIZERS = {
+    "onnx": "pocketsam.quantize.onnx:OnnxQuantizer",
+    "openvino": "pocketsam.quantize.openvino:OpenVinoQuantizer",
+    "litert": "pocketsam.quantize.litert:LiteRtQuantizer",
+    "coreml": "pocketsam.quantize.coreml:CoreMlQuantizer",
+}
+
+# Precisions that are made from fp32 artifacts, described in ``pocketsam.quantize.recipes``.
+RECIPES = ("int8", "int8-dynamic", "int8-weights")
+
 MODELS = {
     "lite0": "pocketsam.models.lite0:lite0",
     "sam_vit_b": "pocketsam.models.builders:sam_vit_b",
@@ -76,7 +86,7 @@ FORMAT_PACKAGES = {
     "coreml": ("torch", "coremltools"),
 }
 
-_TABLES = {"format": FORMATS, "runtime": RUNTIMES, "model": MODELS}
+_TABLES = {"format": FORMATS, "runtime": RUNTIMES, "model": MODELS, "quantizer": QUANTIZERS}
 
 
 def check(kind: str, name: str) -> str:

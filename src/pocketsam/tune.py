@@ -22,7 +22,7 @@ from pocketsam.errors import BundleError, MissingDependency, PocketSamError, Unk
 from pocketsam.files import staged_file
 from pocketsam.geometry import Frame
 from pocketsam.prompts import Prompt, decoder_inputs
-from pocketsam.registry import RUNTIME_FORMATS, missing_runtime
+from pocketsam.registry import RECIPES, RUNTIME_FORMATS, missing_runtime
 from pocketsam.runtime import Runtime
 
 # What a user waits for: one image and a few clicks.
@@ -87,11 +87,19 @@ def choose(candidates: list[Candidate], precision: str | None = None) -> Candida
         raise UnknownName("precision", precision, held)
     asked = [c for c in candidates if precision in (None, c.precision)]
     usable = [c for c in asked if not c.problem]
+    # int8 that is slower than fp32 of its runtime has nothing to offer; it is left when nothing else was asked for.
+    usable = [c for c in usable if not _pointless(c, candidates)] or usable
     if not usable:
         problems = "; ".join(c.problem for c in asked) or "it holds no artifacts"
         raise BundleError(f"no runtime can open this bundle here: {problems}")
     fastest = min(c.cost_ms for c in usable)
     return max((c for c in usable if c.cost_ms <= fastest * EQUAL), key=lambda c: (c.agreement, -c.cost_ms))
+
+
+def _pointless(candidate: Candidate, candidates: list[Candidate]) -> bool:
+    return candidate.precision in RECIPES and any(
+        c.runtime == candidate.runtime and c.precision == "fp32" and not c.problem and c.cost_ms < candidate.cost_ms
+        for c in candidates)
 
 
 def cache_root() -> Path:

@@ -35,6 +35,10 @@ def export(
     gate: Annotated[float | None, typer.Option(help="Least mean mask agreement with PyTorch, 0 to 1.")] = None,
     parity_images: Annotated[Path | None, typer.Option(help="Folder of images to measure agreement on; default: "
                                                             "photos that ship with the package.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="For int8: folder or pack of images; default: the shipped "
+                                                          "photos and crops of them.")] = None,
+    search: Annotated[float, typer.Option(help="For int8: seconds to look for layers to keep in float when the gate "
+                                               "is missed, for each format.")] = 0,
     json_: Json = False,
 ) -> None:
     """Export a checkpoint to a bundle, proven against PyTorch."""
@@ -47,7 +51,8 @@ def export(
     model = model or "lite0"
     bundle = pocketsam.export(model, checkpoint=checkpoint, formats=formats(to), precisions=names(precision),
                               out=output or Path(f"{model}.bundle"), slots=slots, gate=gate, images=images,
-                              image_size=image_size, report=lambda t: progress(t, json_))
+                              image_size=image_size, calibration=calibration, search_seconds=search,
+                              report=lambda t: progress(t, json_))
     if json_:
         from pocketsam.bundle import to_json
 

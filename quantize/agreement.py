@@ -1,0 +1,102 @@
+"""Measuring many candidates against one reference: answers of the float model are computed once and remembered."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from pocketsam.geometry import Frame
+from pocketsam.images import Rgb
+from pocketsam.parity import Agreement, compare
+from pocketsam.predictor import Predictor
+from pocketsam.prompts import Prompt, decoder_inputs
+from pocketsam.runtime import Features, Runtime, Tensors
+
+ROUNDS = 12
+WARMUP = 2
+# Ratios within this of 1 are equal on a shared machine: neither faster nor slower.
+NOISE = 1.03
+
+
+class Remembered:
+    """A runtime that answers the same question once; for references in searches.
+
+    Args:
+        runtime: the one that computes.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.spec, self.slots = runtime.spec, runtime.slots
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def encode(self, image: Rgb, frame: Frame) -> Features:
+        return self._once({"image": image}, lambda: self.runtime.encode(image, frame))
+
+    def decode(self, features: Features, prompts: Tensors) -> Tensors:
+        return self._once({**features, **prompts}, lambda: self.runtime.decode(features, prompts))
+
+    def info(self) -> dict[str, Any]:
+        return self.runtime.info()
+
+    def _once(self, inputs: dict[str, Any], call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for name, value in inputs.items():
+            digest.update(f"{name}{value.shape}".encode())
+            digest.update(np.ascontiguousarray(value).data)
+        key = digest.hexdigest()
+        if key not in self._known:
+            self._known[key] = call()
+        # The caller may write into arrays; what is remembered must stay as it was.
+        return {k: v.copy() for k, v in self._known[key].items()}
+
+
+class Mixed:
+    """The encoder of one runtime with the decoder of another: what an encoder alone costs in masks."""
+
+    def __init__(self, encoder: Runtime, decoder: Runtime) -> None:
+        self.spec, self.slots = decoder.spec, decoder.slots
+        self.encode, self.decode, self.info = encoder.encode, decoder.decode, decoder.info
+
+
+def agreement(reference: Runtime, candidate: Runtime, images: Sequence[Rgb], seed: int = 0) -> Agreement:
+    """Mask agreement of two runtimes (:func:`pocketsam.parity.compare`)."""
+    return compare(Predictor(reference), Predictor(candidate), images, seed)
+
+
+def time_ratio(fast: Callable[[], Any], base: Callable[[], Any], rounds: int = ROUNDS) -> float:
+    """How many times faster ``fast`` is than ``base``: median over interleaved rounds, so that drift cancels."""
+    for _ in range(WARMUP):
+        fast()
+        base()
+    ratios = []
+    for i in range(rounds):
+        order = (fast, base) if i % 2 else (base, fast)
+        spent = {}
+        for call in order:
+            start = time.perf_counter()
+            call()
+            spent[call] = time.perf_counter() - start
+        ratios.append(spent[base] / spent[fast])
+    return round(float(np.median(ratios)), 2)
+
+
+def graph_calls(runtime: Runtime) -> dict[str, Callable[[], Any]]:
+    """One call of each graph on a seeded image and one point, by graph name."""
+    spec = runtime.spec
+    side = spec.image_size
+    frame = Frame.of(side, side, spec)
+    image = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), dtype=np.uint8)
+    prompt = Prompt.of(frame, spec, points=[(side / 2, side / 2)], labels=[1])
+    features = runtime.encode(image, frame)
+    inputs = decoder_inputs([prompt], frame, spec, runtime.slots)
+    return {"encoder": lambda: runtime.encode(image, frame), "decoder": lambda: runtime.decode(features, inputs)}
+
+
+def slower(ratio: float | None) -> bool:
+    """Whether a time ratio to fp32 says slower, beyond noise; None is not measured."""
+    return ratio is not None and ratio * NOISE < 1

@@ -1,0 +1,227 @@
+"""The int8 stage of an export: quantize, measure in masks, search if the gate fails, time against fp32."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pocketsam.api import open_bundle
+from pocketsam.bundle import Artifact, Bundle
+from pocketsam.doctor import machine
+from pocketsam.errors import BundleError, ParityError, UnsupportedModel
+from pocketsam.files import sha256_path, size_of
+from pocketsam.images import Rgb
+from pocketsam.parity import GATES
+from pocketsam.quantize.agreement import Remembered, agreement, graph_calls, slower, time_ratio
+from pocketsam.quantize.calibration import CalibrationSet
+from pocketsam.quantize.recipes import Job, check
+from pocketsam.quantize.search import Search
+from pocketsam.runtime import Runtime
+
+THREADS = 2
+# Decoder tensors of a batch are large; a few images with five kinds of prompt each show their ranges.
+DECODER_IMAGES = 8
+# Images on which the search compares candidates; always calibration images, never those that judge the result.
+SEARCH_IMAGES = 6
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the pipeline hands over.
+
+    Attributes:
+        module: (graph, format) -> the torch module that the fp32 artifact was made from.
+        reference: PyTorch in fp32.
+        images: uint8 (H, W, 3) RGB that judge the result.
+        gate: least mean agreement; None for the default of the recipe.
+        seconds: bound of each search; 0 for none.
+        kept: artifacts of the bundle that is already there, reused if their key is the same.
+        copy: brings such an artifact over; False if its file is damaged.
+    """
+
+    module: Callable[[str, str], Any]
+    reference: Runtime
+    images: Sequence[Rgb]
+    calibration: CalibrationSet
+    gate: float | None
+    seconds: float
+    kept: Sequence[Artifact]
+    copy: Callable[[Artifact], bool]
+    report: Callable[[str], None]
+
+
+def quantize(bundle: Bundle, formats: Sequence[tuple[str, str]], recipes: Sequence[str], stage: Stage) -> Bundle:
+    """Add int8 artifacts to a bundle that holds the fp32 ones of the same formats.
+
+    Args:
+        formats: (format, runtime) pairs.
+
+    Raises:
+        UnsupportedModel: none of the formats has a recipe.
+        ParityError: a pair misses its gate, with the best that was found.
+    """
+    reference = Remembered(stage.reference)
+    for warning in stage.calibration.warnings:
+        stage.report(f"warning: {warning}")
+    for recipe in recipes:
+        for format_, runtime in available(formats, recipe, stage.report):
+            rows = _Pair(bundle, format_, runtime, recipe, stage, reference).make()
+            bundle = replace(bundle, artifacts=(*bundle.artifacts, *rows))
+    return bundle
+
+
+def available(formats: Sequence[tuple[str, str]], recipe: str, report: Callable[[str], None]) -> list[tuple[str, str]]:
+    """The formats that have a recipe; the others are reported by name.
+
+    Raises:
+        UnsupportedModel: none has it.
+    """
+    found, refused = [], []
+    for format_, runtime in formats:
+        try:
+            check(format_, recipe)
+            found.append((format_, runtime))
+        except UnsupportedModel as e:
+            refused.append(str(e))
+    if not found:
+        raise UnsupportedModel(" ".join(refused))
+    for reason in refused:
+        report(f"skipping: {reason}")
+    return found
+
+
+class _Pair:
+    """Encoder and decoder of one format under one recipe."""
+
+    def __init__(self, bundle: Bundle, format_: str, runtime: str, recipe: str, stage: Stage,
+                 reference: Remembered) -> None:
+        self.bundle, self.stage, self.reference = bundle, stage, reference
+        self.format, self.runtime, self.recipe = format_, runtime, recipe
+        self.quantizer = check(format_, recipe)
+        self.gate = GATES[recipe] if stage.gate is None else stage.gate
+        # Core ML's evaluator says nothing of speed.
+        self.timed = runtime != "coreml"
+
+    def make(self) -> list[Artifact]:
+        old = [a for a in self.stage.kept if (a.format, a.precision) == (self.format, self.recipe)]
+        key = self._key()
+        if len(old) == 2 and all(a.key == key for a in old) and all(self.stage.copy(a) for a in old):
+            self.stage.report(f"kept {self.format} {self.recipe}")
+            return old
+        decoder = replace(self.bundle.find(self.format, "fp32", "decoder"), precision=self.recipe, key=key)
+        encoder, found = self._encoder(key, decoder)
+        ratios = {"encoder": self._ratio("encoder", encoder, decoder), "decoder": None}
+        decoder, reason, ratios["decoder"], measured = self._decoder(encoder, decoder, key, found.measured)
+        common = {"recipe": self.recipe, "calibration": self.stage.calibration.to_json(), "threads": THREADS,
+                  "cpu": machine()["cpu"], "features": machine()["features"]}
+        rows = []
+        for row, extra in ((encoder, found.to_json()), (decoder, {"kept_in_float": reason})):
+            ratio = ratios[row.graph]
+            fp32 = self.bundle.find(self.format, "fp32", row.graph)
+            details = {**common, **extra, "size_ratio": round(fp32.bytes / row.bytes, 2), "time_ratio": ratio,
+                       "slower": slower(ratio)}
+            rows.append(replace(row, measured={"runtime": self.runtime, "gate": self.gate, **measured},
+                                quantization=details))
+            if slower(ratio):
+                self.stage.report(f"{row.path} is slower than fp32 here ({ratio} x); auto will not choose it")
+        return rows
+
+    def _encoder(self, key: str, decoder: Artifact) -> tuple[Artifact, Any]:
+        self.stage.report(f"quantizing {self.format} encoder, {self.recipe}")
+        tool = self.quantizer(self._job("encoder"))
+        path = self._path("encoder")
+
+        def measure(keep: frozenset[str], images: Sequence[Rgb]) -> dict[str, Any]:
+            remove(path)
+            tool.write(path, keep)
+            row = self._row("encoder", path, key)
+            return agreement(self.reference, self._open(row, decoder), images).summary()
+
+        search = Search(tool.layers, measure, self.stage.images, self.stage.calibration.images[:SEARCH_IMAGES],
+                        self.gate, self.stage.seconds, f"{key}-{self.format}", self.stage.report,
+                        lambda: self._ratio("encoder", self._row("encoder", path, key), decoder))
+        found = search.run()
+        if not found.measured["all"]["mean"] >= self.gate:
+            raise ParityError(
+                f"{self.format} {self.recipe} agrees with PyTorch by a mean mask IoU of at most "
+                f"{found.measured['all']['mean']:.4f} (worst {found.measured['all']['worst']:.4f}), with "
+                f"{len(found.keep)} layers in float, below the gate of {self.gate}; nothing was written.")
+        return self._row("encoder", path, key), found
+
+    def _decoder(self, encoder: Artifact, fp32: Artifact, key: str,
+                 measured: dict[str, Any]) -> tuple[Artifact, str, float | None, dict[str, Any]]:
+        """The int8 decoder if it passes the gate and is not slower, else the fp32 file, and why."""
+        path = self._path("decoder")
+        try:
+            tool = self.quantizer(self._job("decoder"))
+        except UnsupportedModel as e:
+            return fp32, str(e), None, measured
+        self.stage.report(f"quantizing {self.format} decoder, {self.recipe}")
+        tool.write(path, frozenset())
+        row = self._row("decoder", path, key)
+        try:
+            both = agreement(self.reference, self._open(encoder, row), self.stage.images).summary()
+            ratio = self._ratio("decoder", encoder, row)
+        except BundleError as e:
+            remove(path)
+            return fp32, f"the engine refuses its int8 form: {e}", None, measured
+        if not both["all"]["mean"] >= self.gate:
+            remove(path)
+            return fp32, f"its int8 form gives a mean mask IoU of {both['all']['mean']:.4f}", ratio, measured
+        if slower(ratio):
+            remove(path)
+            return fp32, f"its int8 form takes {1 / ratio if ratio else 0:.2f} times as long as fp32", ratio, measured
+        return row, "", ratio, both
+
+    def _job(self, graph: str) -> Job:
+        spec = self.bundle.spec
+        graph_spec = spec.encoder_graph() if graph == "encoder" else spec.decoder_graph(self.bundle.slots)
+        calibration = self.stage.calibration
+
+        def inputs(batch: int) -> Iterable[dict[str, Any]]:
+            if graph == "encoder":
+                return ({"image": image} for image in calibration.encoder_inputs(spec))
+            few = replace(calibration, images=calibration.images[:DECODER_IMAGES])
+            return few.decoder_inputs(self.reference, self.bundle.slots, batch)
+
+        source = self.bundle.file(self.bundle.find(self.format, "fp32", graph))
+        return Job(graph_spec, source, self.stage.module(graph, self.format), self.recipe, inputs, THREADS)
+
+    def _open(self, encoder: Artifact, decoder: Artifact) -> Runtime:
+        return open_bundle(replace(self.bundle, artifacts=(encoder, decoder)), self.runtime, self.recipe, THREADS)
+
+    def _ratio(self, graph: str, encoder: Artifact, decoder: Artifact) -> float | None:
+        if not self.timed:
+            return None
+        int8 = graph_calls(self._open(encoder, decoder))[graph]
+        fp32 = graph_calls(open_bundle(self.bundle, self.runtime, "fp32", THREADS))[graph]
+        return time_ratio(int8, fp32)
+
+    def _path(self, graph: str) -> Path:
+        fp32 = Path(self.bundle.find(self.format, "fp32", graph).path)
+        return self.bundle.root / fp32.parent / f"{graph}.{self.recipe}{fp32.suffix}"
+
+    def _row(self, graph: str, path: Path, key: str) -> Artifact:
+        fp32 = self.bundle.find(self.format, "fp32", graph)
+        return replace(fp32, path=path.relative_to(self.bundle.root).as_posix(), precision=self.recipe, key=key,
+                       sha256=sha256_path(path), bytes=size_of(path), measured={})
+
+    def _key(self) -> str:
+        data = {"fp32": [self.bundle.find(self.format, "fp32", g).key for g in ("encoder", "decoder")],
+                "recipe": self.recipe, "tools": self.quantizer.tools(), "gate": self.gate,
+                "calibration": self.stage.calibration.to_json(), "features": machine()["features"]}
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder that may not be there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+

@@ -1,0 +1,128 @@
+"""ONNX through ONNX Runtime's tools: QDQ for ``int8``, DequantizeLinear behind weights for the other."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from onnxruntime import quantization as ortq
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from pocketsam.quantize.recipes import Job, wide_sums
+
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# What stands between weighted layers; softmax, normalisation and products of computed tensors stay in float.
+BETWEEN = ("Add", "Resize", "Clip", "Relu")
+SMALLEST = 1024
+
+
+class OnnxQuantizer:
+    """``int8``: QDQ, u8 activations, s8 weights per channel, 7 bits where sums saturate; ``int8-weights``.
+
+    Dynamic int8 is refused: ONNX Runtime turns convolutions into ConvInteger, which is several times slower than float.
+    """
+
+    name = "onnx"
+    recipes: tuple[str, ...] = ("int8", "int8-weights")
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._folder = tempfile.TemporaryDirectory()
+        self._prepared = Path(self._folder.name) / "prepared.onnx"
+        with quiet():
+            quant_pre_process(str(job.source), str(self._prepared), skip_symbolic_shape=True)
+
+    @staticmethod
+    def tools() -> dict[str, str]:
+        """Versions that an artifact depends on."""
+        return {"onnxruntime": metadata.version("onnxruntime")}
+
+    def layers(self) -> list[str]:
+        """Names of the nodes with constant weights."""
+        return [n.name for n in self._weighted(onnx.load(str(self._prepared)))]
+
+    def write(self, path: Path, keep: frozenset[str] = frozenset()) -> None:
+        """Write the quantized model, with the nodes of ``keep`` in float."""
+        if self.job.recipe == "int8-weights":
+            self._write_weights(path, keep)
+            return
+        model = onnx.load(str(self._prepared))
+        wanted = {n.name for n in self._weighted(model)} - keep
+        chosen = [n.name for n in model.graph.node if n.name in wanted or n.op_type in BETWEEN]
+        with quiet():
+            # Unsigned weights would not saturate either, and are ten times slower than fp32 on AVX2.
+            ortq.quantize_static(
+                str(self._prepared), str(path), _Reader(self.job.inputs(1)), quant_format=ortq.QuantFormat.QDQ,
+                per_channel=True, reduce_range=not wide_sums(), activation_type=ortq.QuantType.QUInt8,
+                weight_type=ortq.QuantType.QInt8, op_types_to_quantize=[*WEIGHTED, *BETWEEN],
+                nodes_to_quantize=chosen,
+                # Written by the first call and read by the following ones.
+                calibration_cache_path=Path(self._folder.name) / "ranges.json")
+
+    def _weighted(self, model: Any) -> list[Any]:
+        constants = {i.name for i in model.graph.initializer}
+        return [n for n in model.graph.node if n.op_type in WEIGHTED and n.input[1] in constants]
+
+    def _write_weights(self, path: Path, keep: frozenset[str]) -> None:
+        model = onnx.load(str(self._prepared))
+        values = {i.name: i for i in model.graph.initializer}
+        done: dict[str, str] = {}
+        for node in self._weighted(model):
+            name = node.input[1]
+            if node.name in keep or np.prod(values[name].dims) < SMALLEST:
+                continue
+            if name not in done:
+                axis = 0 if node.op_type == "Conv" or _transposed(node) else 1
+                done[name] = _dequantized(model.graph, values[name], axis)
+            node.input[1] = done[name]
+        used = {i for n in model.graph.node for i in n.input}
+        left = [i for i in model.graph.initializer if i.name in used]
+        del model.graph.initializer[:]
+        model.graph.initializer.extend(left)
+        onnx.save(model, str(path))
+
+
+def _transposed(node: Any) -> bool:
+    return node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
+
+
+def _dequantized(graph: Any, weight: Any, axis: int) -> str:
+    """Add int8 values, scales per channel of ``axis`` and the operator that joins them; returns its output's name."""
+    array = numpy_helper.to_array(weight)
+    others = tuple(i for i in range(array.ndim) if i != axis)
+    scale = np.maximum(np.abs(array).max(others, keepdims=True) / 127, 1e-12).astype(np.float32)
+    rounded = np.clip(np.rint(array / scale), -127, 127).astype(np.int8)
+    names = [f"{weight.name}_{end}" for end in ("int8", "scale", "float")]
+    graph.initializer.extend([numpy_helper.from_array(rounded, names[0]),
+                              numpy_helper.from_array(scale.reshape(-1), names[1])])
+    graph.node.insert(0, helper.make_node("DequantizeLinear", names[:2], names[2:], axis=axis, name=f"{names[2]}_node"))
+    return names[2]
+
+
+class _Reader(ortq.CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
+    """Hands calibration inputs out one at a time."""
+
+    def __init__(self, inputs: Iterable[dict[str, Any]]) -> None:
+        self._inputs: Iterator[dict[str, Any]] = iter(inputs)
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self._inputs, None)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The tools log advice through the root logger; errors are raised as ever."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(level)

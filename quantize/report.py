@@ -1,0 +1,167 @@
+"""What int8 costs and gains: one row for each format and recipe, measured on images that calibration never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketsam.api import open_bundle
+from pocketsam.bundle import Artifact, Bundle
+from pocketsam.geometry import Bools, masks_from_logits
+from pocketsam.images import Rgb, load_rgb
+from pocketsam.parity import PROMPTS_PER_IMAGE, Agreement, mask_iou, sample_prompts
+from pocketsam.photos import photo_paths
+from pocketsam.predictor import Predictor
+from pocketsam.prompts import Prompt
+from pocketsam.quantize.agreement import Remembered
+from pocketsam.quantize.packs import Labelled, labelled
+from pocketsam.registry import RUNTIME_FORMATS
+
+HEADS = ("format", "recipe", "encoder MB", "size ratio", "box mean / p5 / worst", "point mean / p5 / worst", "flips",
+         "retention box / point", "encoder time ratio", "slower", "decoder", "float layers")
+WORST = 5
+REGIONS = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One format under one recipe.
+
+    Attributes:
+        measured: :meth:`pocketsam.parity.Agreement.summary`.
+        retention: mIoU against ground truth divided by that of PyTorch, for boxes and points; None without a pack.
+        encoder, decoder: what the bundle records of them.
+    """
+
+    format: str
+    recipe: str
+    measured: dict[str, Any]
+    retention: dict[str, float] | None
+    encoder: dict[str, Any]
+    decoder: dict[str, Any]
+    encoder_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def heads() -> tuple[str, ...]:
+        return HEADS
+
+    def cells(self) -> list[str]:
+        """Texts in the order of the heads."""
+        three = [" / ".join(f"{self.measured[k][n]:.3f}" for n in ("mean", "p5", "worst")) for k in ("box", "point")]
+        kept = "-" if self.retention is None else f"{self.retention['box']:.3f} / {self.retention['point']:.3f}"
+        ratio = self.encoder.get("time_ratio")
+        return [self.format, self.recipe, f"{self.encoder_bytes / 1e6:.2f}", f"{self.encoder['size_ratio']:.2f}",
+                *three, f"{self.measured['flip_rate']:.1%}", kept,
+                "not measurable here" if ratio is None else f"{ratio:.2f} x",
+                "yes" if self.encoder.get("slower") else "no",
+                f"float: {self.decoder['kept_in_float']}" if self.decoder.get("kept_in_float") else "int8",
+                str(len(self.encoder.get("float_layers", [])))]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt whose masks differ most: what the page shows."""
+
+    title: str
+    iou: float
+    image: Rgb
+    fp32: Bools
+    int8: Bools
+
+
+def measure(bundle: Bundle, reference: Predictor, recipes: Sequence[str], pack: Path | None, count: int,
+            report: Callable[[str], None]) -> tuple[list[Row], list[Case]]:
+    """Compare every int8 pair of a bundle with PyTorch.
+
+    Args:
+        reference: PyTorch in fp32.
+        pack: labelled pack; None measures on the photos that ship with the package, without retention.
+        count: at most this many images of the pack.
+
+    Returns:
+        Rows, and the five prompts whose masks agree least.
+    """
+    samples = ([Labelled(load_rgb(p), np.empty((0, 1, 1), np.bool_)) for p in photo_paths()] if pack is None
+               else list(labelled(pack, count, REGIONS)))
+    remembered = Predictor(Remembered(reference.runtime))
+    rows: list[Row] = []
+    cases: list[Case] = []
+    for runtime, format_ in RUNTIME_FORMATS.items():
+        for recipe in recipes:
+            held = {a.graph: a for a in bundle.artifacts if (a.format, a.precision) == (format_, recipe)}
+            if len(held) < 2:
+                continue
+            report(f"measuring {format_} {recipe} on {len(samples)} images")
+            candidate = Predictor(open_bundle(bundle, runtime, recipe))
+            row, worst = _row(remembered, candidate, samples, format_, recipe, held, pack is not None)
+            rows.append(row)
+            cases += worst
+    return rows, sorted(cases, key=lambda c: c.iou)[:WORST]
+
+
+def _row(reference: Predictor, candidate: Predictor, samples: Sequence[Labelled], format_: str, recipe: str,
+         held: dict[str, Artifact], quality: bool) -> tuple[Row, list[Case]]:
+    total = Agreement()
+    cases: list[Case] = []
+    truths: dict[str, list[tuple[float, float]]] = {"box": [], "point": []}
+    rng = np.random.default_rng(0)
+    for sample in samples:
+        total.images += 1
+        height, width = sample.image.shape[:2]
+        reference.set_image(sample.image)
+        candidate.set_image(sample.image)
+        asked = sample_prompts(reference, height, width, PROMPTS_PER_IMAGE, rng)
+        true = [(kind, prompt, region) for region in sample.regions for kind, prompt in _of(region, reference)]
+        prompts = [*asked, *((k, p) for k, p, _ in true)]
+        ours, theirs = (_answers(p, prompts) for p in (reference, candidate))
+        for (kind, _, region), (a, _), (b, _) in zip(true, ours[len(asked):], theirs[len(asked):], strict=True):
+            truths[kind].append((mask_iou(a, region), mask_iou(b, region)))
+        for (kind, _), (a, token), (b, other) in zip(asked, ours, theirs, strict=False):
+            iou = mask_iou(a, b)
+            total.ious[kind].append(iou)
+            total.flips += token != other
+            cases.append(Case(f"{format_} {recipe}, {kind}", iou, sample.image, a, b))
+        cases = sorted(cases, key=lambda c: c.iou)[:WORST]
+    retention = None
+    if quality:
+        retention = {k: float(np.mean([b for _, b in v]) / np.mean([a for a, _ in v])) for k, v in truths.items()}
+    encoder, decoder = held["encoder"], held["decoder"]
+    return Row(format_, recipe, total.summary(), retention, encoder.quantization, decoder.quantization,
+               encoder.bytes), cases
+
+
+def _of(region: Bools, predictor: Predictor) -> list[tuple[str, Prompt]]:
+    """The tight box of a region, and the pixel in it that is farthest from its border (by halving erosion)."""
+    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
+    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+    frame, spec = predictor.current.frame, predictor.spec
+    y, x = _centre(region)
+    return [("box", Prompt.of(frame, spec, box=box)), ("point", Prompt.of(frame, spec, points=[(x + 0.5, y + 0.5)]))]
+
+
+def _centre(region: Bools) -> tuple[int, int]:
+    """(row, column) of a pixel that survives most erosions by one pixel."""
+    inner = np.pad(region, 1)
+    last = inner
+    while inner.any():
+        last = inner
+        inner = last.copy()
+        inner[1:-1, 1:-1] &= last[:-2, 1:-1] & last[2:, 1:-1] & last[1:-1, :-2] & last[1:-1, 2:]
+    y, x = np.argwhere(last)[len(np.argwhere(last)) // 2] - 1
+    return int(y), int(x)
+
+
+def _answers(predictor: Predictor, prompts: Sequence[tuple[str, Prompt]]) -> list[tuple[Bools, int]]:
+    """Mask and chosen token of each prompt: token 0 for a box, the best of 1 to 3 for a point."""
+    logits, scores = predictor.decode_prompts([p for _, p in prompts])
+    tokens = [0 if kind == "box" else 1 + int(scores[i, 1:].argmax()) for i, (kind, _) in enumerate(prompts)]
+    frame = predictor.current.frame
+    return [(masks_from_logits(logits[i, t][None], frame)[0], t) for i, t in enumerate(tokens)]
+
