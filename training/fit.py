@@ -20,6 +20,7 @@ from pocketsam.training.loop import Recipe, Trainer
 from pocketsam.training.packs import Cache, build_cache
 from pocketsam.training.parallel import spawn
 from pocketsam.training.presets import PRESETS
+from pocketsam.training.quantized import quantized_episode
 from pocketsam.training.rounds import episode
 from pocketsam.training.ship import load_weights
 
@@ -116,7 +117,9 @@ def _train(cache: Cache, recipe: Recipe, out: Path, start: Start, device: str, t
         torch.backends.cudnn.benchmark = True
     model = start.model(recipe.seed).requires_grad_(True)
     model = model.to(place, memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-    loss = episode
+    if recipe.quantized and teaching is not None:
+        raise ValueError("training for int8 has the float model as its teacher; it takes no other")
+    loss = partial(quantized_episode, weight=recipe.quantized) if recipe.quantized else episode
     if teaching is not None:
         teacher = load_teacher(teaching.model, teaching.checkpoint, place, teaching.embeddings, teaching.logits)
         loss = partial(episode, teacher=teacher)

@@ -59,6 +59,7 @@ class Recipe:
         warmup: fraction of the run.
         ema: decay of the weight average.
         bf16: autocast the forward pass; ``fit`` turns it off on CPUs that only emulate it.
+        quantized: above 0, train on 8-bit activations with this weight of the agreement with the float model.
         seed: of everything.
     """
 
@@ -72,6 +73,7 @@ class Recipe:
     clip: float = 1.0
     ema: float = 0.998
     bf16: bool = False
+    quantized: float = 0.0
     seed: int = 0
     augment: Augment = field(default_factory=Augment)
 

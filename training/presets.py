@@ -56,4 +56,13 @@ def cpu(minutes: float) -> Preset:
     return Preset(Recipe(phases, minutes=minutes, ema=0.999, bf16=True), cache=512, processes=2)
 
 
-PRESETS = {"gpu": gpu, "quick": quick, "hours": hours, "cpu": cpu}
+def int8(minutes: float) -> Preset:
+    """Two cores for an hour, from trained weights: as ``hours``, but on 8-bit activations (``quantized.py``)."""
+    phases = (
+        Phase(0.7, 256, 4, 8, 2, frozen=2),
+        Phase(1.0, 384, 3, 8, 2, frozen=2),
+    )
+    return Preset(Recipe(phases, minutes=minutes, lr=3e-4, ema=0.995, quantized=1.0), cache=384, processes=2)
+
+
+PRESETS = {"gpu": gpu, "quick": quick, "hours": hours, "cpu": cpu, "int8": int8}
