@@ -62,7 +62,7 @@ def int8(minutes: float) -> Preset:
         Phase(0.7, 256, 4, 8, 2, frozen=2),
         Phase(1.0, 384, 3, 8, 2, frozen=2),
     )
-    return Preset(Recipe(phases, minutes=minutes, lr=3e-4, ema=0.995, quantized=1.0), cache=384, processes=2)
+    return Preset(Recipe(phases, minutes=minutes, lr=3e-4, ema=0.995, quantized=30.0), cache=384, processes=2)
 
 
 PRESETS = {"gpu": gpu, "quick": quick, "hours": hours, "cpu": cpu, "int8": int8}
