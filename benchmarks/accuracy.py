@@ -20,7 +20,7 @@ import numpy as np
 from pocketsam.benchmarks.coco import CocoFolder, CocoPhoto, draw
 from pocketsam.distance import inner_point
 from pocketsam.errors import LabelError, UsageError
-from pocketsam.geometry import Bools, masks_from_logits
+from pocketsam.geometry import Bools, masks_from_logits, tight_box
 from pocketsam.labelled import Labelled, count_photos, read_pack
 from pocketsam.parity import PROMPTS_PER_IMAGE, compare, mask_iou
 from pocketsam.predictor import DECODER_BATCH, Predictor, best_token, single_token
@@ -220,7 +220,7 @@ def _drawn(sample: Sample, most: int, seed: int) -> Iterator[Bools]:
 def _measure(sam: Predictor, source: str, truths: Sequence[Bools], clicks: int) -> list[Answer]:
     frame, spec, n = sam.current.frame, sam.spec, len(truths)
     centres = [inner_point(t) for t in truths]
-    prompts = [Prompt.of(frame, spec, box=_tight_box(t)) for t in truths]
+    prompts = [Prompt.of(frame, spec, box=tight_box(t)) for t in truths]
     prompts += [Prompt.of(frame, spec, points=[c], labels=[1]) for c in centres]
     logits, scores = sam.decode_prompts(prompts)
     ranked = np.stack([logits[n + i, best_token(scores[n + i])] for i in range(n)])
@@ -253,12 +253,6 @@ def _clicked(sam: Predictor, truths: Sequence[Bools], centres: Sequence[tuple[fl
 
 def _iou(sam: Predictor, logits: Floats, truth: Bools) -> float:
     return mask_iou(masks_from_logits(logits[None], sam.current.frame)[0], truth)
-
-
-def _tight_box(mask: Bools) -> tuple[int, int, int, int]:
-    """x0, y0, x1, y1 of a mask, the far sides exclusive."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def _row(source: str, answers: Sequence[Answer]) -> Row:

@@ -140,3 +140,9 @@ def _image_rows(low_res: Floats, frame: Frame) -> Iterator[tuple[int, Floats]]:
     if frame.upscale == "frame":
         low_res = linear_resize(low_res, frame.prompt_size, frame.prompt_size, frame.prompt_height, frame.prompt_width)
     return linear_rows(linear_columns(low_res, frame.width, frame.width), frame.height, frame.height)
+
+
+def tight_box(mask: Bools) -> tuple[int, int, int, int]:
+    """x0, y0, x1, y1 of a bool (H, W) mask that is not empty, the far sides exclusive."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

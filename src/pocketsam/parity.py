@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from pocketsam.geometry import Bools, masks_from_logits
+from pocketsam.distance import inner_point
+from pocketsam.geometry import Bools, masks_from_logits, tight_box
 from pocketsam.images import Rgb
-from pocketsam.predictor import Predictor
+from pocketsam.predictor import Predictor, best_token
 from pocketsam.prompts import Prompt
 from pocketsam.resampling import Floats
 
 GATES = {"fp32": 0.999, "fp16": 0.995, "int8": 0.97, "int8-dynamic": 0.97, "int8-weights": 0.97}
 PROMPTS_PER_IMAGE = 8
+# Shares of the image between which a mask counts as an object.
+SMALLEST, LARGEST = 0.002, 0.9
 
 
 @dataclass
@@ -66,7 +69,8 @@ def mask_iou(a: Bools, b: Bools) -> float:
 
 def compare(reference: Predictor, candidate: Predictor, images: Iterable[Rgb], seed: int = 0,
             prompts_per_image: int = PROMPTS_PER_IMAGE, tensors: bool = True) -> Agreement:
-    """Run both predictors over images and seeded prompts (half boxes, half points, one refined with a mask).
+    """Run both predictors over images and seeded prompts (half boxes, half points, one refined with a mask;
+    see :func:`sample_prompts`).
 
     Both see the same uint8 pixels, so that the graphs are compared and not the rounding of the resized image.
 
@@ -86,17 +90,27 @@ def compare(reference: Predictor, candidate: Predictor, images: Iterable[Rgb], s
 
 def sample_prompts(predictor: Predictor, height: int, width: int, count: int,
                    rng: np.random.Generator) -> list[tuple[str, Prompt]]:
-    """Seeded prompts spread over an image: alternating boxes (12 to 70 % of each side) and foreground points."""
-    current = predictor.current
+    """Seeded prompts on the objects that a model sees in its current image, as a user would give them.
+
+    A random click finds an object (the mask the model ranks first); prompts are alternately its tight box and its
+    innermost point. Where that mask is next to nothing or nearly everything, the prompt is a random box (12 to 70 % of
+    each side) or the click itself. Prompts without any object are no measure: the logits are flat there, and which side
+    of zero they end on is chance.
+    """
+    frame, spec = predictor.current.frame, predictor.spec
+    clicks = rng.uniform(0, 1, (count, 2)) * (width, height)
+    sides = rng.uniform(0.12, 0.7, (count, 2)) * (width, height)
+    logits, scores = predictor.decode_prompts([Prompt.of(frame, spec, points=[c], labels=[1]) for c in clicks])
     out: list[tuple[str, Prompt]] = []
-    for i in range(count):
+    for i, click in enumerate(clicks):
+        mask = masks_from_logits(logits[i, best_token(scores[i])][None], frame)[0]
+        found = SMALLEST <= float(mask.mean()) <= LARGEST
         if i % 2 == 0:
-            w, h = rng.uniform(0.12, 0.7, 2) * (width, height)
-            x, y = rng.uniform(0, 1, 2) * (width - w, height - h)
-            out.append(("box", Prompt.of(current.frame, predictor.spec, box=(x, y, x + w, y + h))))
+            x, y = click / (width, height) * ((width, height) - sides[i])
+            box = tight_box(mask) if found else (x, y, x + sides[i, 0], y + sides[i, 1])
+            out.append(("box", Prompt.of(frame, spec, box=box)))
         else:
-            point = rng.uniform(0, 1, 2) * (width, height)
-            out.append(("point", Prompt.of(current.frame, predictor.spec, points=[point], labels=[1])))
+            out.append(("point", Prompt.of(frame, spec, points=[inner_point(mask) if found else click], labels=[1])))
     return out
 
 
@@ -119,7 +133,7 @@ def _compare_image(reference: Predictor, candidate: Predictor, rgb: Rgb, rng: np
         result.note_error("low_res_masks", ref_masks, masks)
         result.note_error("iou_predictions", ref_scores, scores)
     for i, (kind, _) in enumerate(prompts):
-        token, other = (0, 0) if kind == "box" else (1 + int(s[1:].argmax()) for s in (ref_scores[i], scores[i]))
+        token, other = (0, 0) if kind == "box" else (best_token(s) for s in (ref_scores[i], scores[i]))
         result.flips += token != other
         a = masks_from_logits(ref_masks[i, token][None], ours.frame)[0]
         b = masks_from_logits(masks[i, other][None], theirs.frame)[0]
