@@ -7,7 +7,7 @@ pad operator; the TensorFlow original pads right and bottom more, which only shi
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -128,6 +128,18 @@ class Pyramid(nn.Module):
         return {"image_embeddings": x, "high_res_features_0": self.smooth4(y4), "high_res_features_1": self.smooth8(y8)}
 
 
+class Stream(NamedTuple):
+    """A tensor between linear layers only: what may be scaled per channel without changing the network.
+
+    Attributes:
+        writers: layers whose outputs it is, or is the sum of.
+        readers: layers that read it.
+    """
+
+    writers: list[nn.Module]
+    readers: list[nn.Module]
+
+
 class LiteEncoder(nn.Module):
     """Trunk and pyramid."""
 
@@ -140,6 +152,18 @@ class LiteEncoder(nn.Module):
     def stem(self) -> nn.Module:
         """The first layer, which sees the normalised image: a ``ConvBn``, or the fused convolution."""
         return self.trunk.stem
+
+    def streams(self) -> list[Stream]:
+        """The residual stream of every stage of the trunk; quantization scales their channels to equal ranges."""
+        pyramid, stages = self.pyramid, [list(s.children()) for s in self.trunk.stages]
+        taps = dict(zip(TAPS, (pyramid.lateral4, pyramid.lateral8, pyramid.lateral16, pyramid.lateral32), strict=True))
+        found = []
+        for i, blocks in enumerate(stages):
+            after = stages[i + 1][:1] if i + 1 < len(stages) else []
+            readers: list[Any] = [b.expand for b in (*blocks[1:], *after)] + ([taps[i]] if i in taps else [])
+            writers: list[Any] = [b.project for b in blocks]
+            found.append(Stream(writers, readers))
+        return found
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Normalised image to features.

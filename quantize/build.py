@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pocketsam import registry
 from pocketsam.api import open_bundle
 from pocketsam.bundle import Artifact, Bundle
 from pocketsam.doctor import machine
@@ -19,6 +21,8 @@ from pocketsam.images import Rgb
 from pocketsam.parity import GATES
 from pocketsam.quantize.agreement import Remembered, agreement, graph_calls, slower, time_ratio
 from pocketsam.quantize.calibration import CalibrationSet
+from pocketsam.quantize.correction import Prepared, prepare
+from pocketsam.quantize.grid import Grid
 from pocketsam.quantize.recipes import Job, check
 from pocketsam.quantize.search import Search
 from pocketsam.runtime import Runtime
@@ -28,6 +32,8 @@ THREADS = 2
 DECODER_IMAGES = 8
 # Images on which the search compares candidates; always calibration images, never those that judge the result.
 SEARCH_IMAGES = 6
+# Recipes whose weights are rounded to a grid known beforehand.
+CORRECTED = ("int8", "int8-weights")
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,12 @@ def quantize(bundle: Bundle, formats: Sequence[tuple[str, str]], recipes: Sequen
         ParityError: a pair misses its gate, with the best that was found.
     """
     reference = Remembered(stage.reference)
+    prepared = Preparation(stage, bundle)
     for warning in stage.calibration.warnings:
         stage.report(f"warning: {warning}")
     for recipe in recipes:
         for format_, runtime in available(formats, recipe, stage.report):
-            rows = _Pair(bundle, format_, runtime, recipe, stage, reference).make()
+            rows = _Pair(bundle, format_, runtime, recipe, stage, reference, prepared).make()
             bundle = replace(bundle, artifacts=(*bundle.artifacts, *rows))
     return bundle
 
@@ -95,11 +102,31 @@ def available(formats: Sequence[tuple[str, str]], recipe: str, report: Callable[
     return found
 
 
+class Preparation:
+    """Encoders with rounded weights and corrected biases, made once for all formats that share a grid."""
+
+    def __init__(self, stage: Stage, bundle: Bundle) -> None:
+        self.stage, self.spec = stage, bundle.spec
+        self._known: dict[tuple[Grid, bool], Prepared] = {}
+
+    def encoder(self, format_: str, grid: Grid, activations: bool) -> Prepared:
+        """The encoder on a grid, with 8-bit activations or float ones."""
+        key = grid, activations
+        if key not in self._known:
+            self.stage.report(f"rounding weights ({grid} grid) and correcting biases on "
+                              f"{len(self.stage.calibration.images)} images")
+            images = list(self.stage.calibration.encoder_inputs(self.spec))
+            self._known[key] = prepare(self.stage.module("encoder", format_), images, grid, activations)
+        return self._known[key]
+
+
 class _Pair:
     """Encoder and decoder of one format under one recipe."""
 
     def __init__(self, bundle: Bundle, format_: str, runtime: str, recipe: str, stage: Stage,
-                 reference: Remembered) -> None:
+                 reference: Remembered, prepared: Preparation) -> None:
+        self.prepared = prepared
+        self.folder = tempfile.TemporaryDirectory()
         self.bundle, self.stage, self.reference = bundle, stage, reference
         self.format, self.runtime, self.recipe = format_, runtime, recipe
         self.quantizer = check(format_, recipe)
@@ -135,10 +162,12 @@ class _Pair:
         self.stage.report(f"quantizing {self.format} encoder, {self.recipe}")
         tool = self.quantizer(self._job("encoder"))
         path = self._path("encoder")
+        # The first layer reads the image and is small; it stays in float everywhere.
+        first = frozenset(tool.layers()[:1])
 
         def measure(keep: frozenset[str], images: Sequence[Rgb]) -> dict[str, Any]:
             remove(path)
-            tool.write(path, keep)
+            tool.write(path, keep | first)
             row = self._row("encoder", path, key)
             return agreement(self.reference, self._open(row, decoder), images).summary()
 
@@ -189,6 +218,13 @@ class _Pair:
             few = replace(calibration, images=calibration.images[:DECODER_IMAGES])
             return few.decoder_inputs(self.reference, self.bundle.slots, batch)
 
+        static = self.recipe == "int8"
+        if graph == "encoder" and self.recipe in CORRECTED:
+            prepared = self.prepared.encoder(self.format, self.quantizer.grid() if static else "full", static)
+            exporter = registry.load("format", self.format)
+            source = Path(self.folder.name) / f"encoder.{exporter.extension}"
+            exporter.export(prepared.module, graph_spec, "fp32", source)
+            return Job(graph_spec, source, prepared.module, self.recipe, inputs, THREADS, prepared)
         source = self.bundle.file(self.bundle.find(self.format, "fp32", graph))
         return Job(graph_spec, source, self.stage.module(graph, self.format), self.recipe, inputs, THREADS)
 

@@ -1,11 +1,20 @@
-"""Core ML: weights in 8 bits through coremltools, on the package."""
+"""Core ML: 8-bit weights through coremltools, and 8-bit activations by quantize operators that the conversion keeps."""
 
 from __future__ import annotations
 
+import copy
+import tempfile
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from pocketsam.export.coreml import coremltools, quiet
+from torch import Tensor
+
+from pocketsam.export.coreml import PlanarImage, convert, coremltools, quiet
+from pocketsam.quantize.correction import UINT8, Layer, affine
+from pocketsam.quantize.grid import Grid, Weighted
+from pocketsam.quantize.hooks import Hook, hooked
 from pocketsam.quantize.recipes import Job
 from pocketsam.runtimes.mil.program import load_package
 
@@ -14,14 +23,20 @@ SMALLEST = 1024
 
 
 class CoreMlQuantizer:
-    """``int8-weights`` only.
+    """``int8`` (W8A8; encoder only; the rest computes in fp16) and ``int8-weights``.
 
-    W8A8 is refused: coremltools' torch-side quantizer calibrates, but what it returns holds quantized tensors that
-    ``torch.export`` cannot trace, and tracing with ``torch.jit`` fails on numpy 2.4 (docs/adr/0006-int8.md).
+    Weights go through coremltools' ``linear_quantize_weights``. Activations are rounded to the ranges that PyTorch saw:
+    ``quantized_decomposed`` operators in the module become Core ML's ``quantize`` and ``dequantize``. coremltools' own
+    torch-side quantizer calibrates as well, but ``torch.export`` cannot trace what it returns (docs/adr/0006-int8.md).
     """
 
     name = "coreml"
-    recipes: tuple[str, ...] = ("int8-weights",)
+    recipes: tuple[str, ...] = ("int8", "int8-weights")
+
+    @staticmethod
+    def grid() -> Grid:
+        """coremltools' codes are symmetric and use the whole range."""
+        return "full"
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -33,13 +48,33 @@ class CoreMlQuantizer:
 
     def layers(self) -> list[str]:
         """Names of the weighted operators of the encoder; the decoder's functions are quantized whole."""
-        if self.job.spec.name != "encoder":
-            return []
-        function = load_package(self.job.source).functions["main"]
-        return [next(iter(o.outputs)).name for o in function.operations if o.type in WEIGHTED]
+        return _weighted(self.job.source) if self.job.spec.name == "encoder" else []
 
     def write(self, path: Path, keep: frozenset[str] = frozenset()) -> None:
         """Write the package, with the operators of ``keep`` in float."""
+        if self.job.recipe == "int8-weights" or self.job.prepared is None:
+            self._round_weights(self.job.source, path, keep)
+            return
+        # The operators of the source stand in execution order, as the layers do.
+        names = self.layers()
+        layers = self.job.prepared.layers
+        rounded = [i for i in range(1, len(layers)) if i >= len(names) or names[i] not in keep]
+        with tempfile.TemporaryDirectory() as folder:
+            package = Path(folder) / "activations.mlpackage"
+            self._convert(layers, rounded).save(str(package))
+            after = _weighted(package)
+            floats = {after[i] for i in range(len(after)) if i not in rounded}
+            self._round_weights(package, path, frozenset(floats))
+
+    def _convert(self, layers: Sequence[Layer], rounded: Sequence[int]) -> Any:
+        module = copy.deepcopy(self.job.module)
+        parts = dict(zip((id(m) for m in self.job.module.modules()), module.modules(), strict=True))
+        chosen = [(layers[i], parts[id(layers[i].module)]) for i in rounded]
+        with hooked(_rounding(chosen)):
+            return convert(PlanarImage(module).eval(), self.job.spec, "fp16", 1)
+
+    @staticmethod
+    def _round_weights(source: Path, path: Path, keep: frozenset[str]) -> None:
         ct = coremltools()
         with quiet():
             from coremltools.optimize import coreml as cto
@@ -47,5 +82,29 @@ class CoreMlQuantizer:
             config = cto.OptimizationConfig(
                 global_config=cto.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=SMALLEST),
                 op_name_configs=dict.fromkeys(keep))
-            cto.linear_quantize_weights(ct.models.MLModel(str(self.job.source), skip_model_load=True),
-                                        config).save(str(path))
+            cto.linear_quantize_weights(ct.models.MLModel(str(source), skip_model_load=True), config).save(str(path))
+        (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
+
+
+def _weighted(package: Path) -> list[str]:
+    function = load_package(package).functions["main"]
+    return [next(iter(o.outputs)).name for o in function.operations if o.type in WEIGHTED]
+
+
+def _rounding(layers: Sequence[tuple[Layer, Any]]) -> Iterator[Hook]:
+    """Round what layers read, and what those without an activation write."""
+    for layer, module in layers:
+        assert isinstance(module, Weighted)
+        yield module, "before", lambda _, i, layer=layer: (_rounded(i[0], layer.reads),)
+        if not layer.activated:
+            yield module, "after", lambda _, i, o, layer=layer: _rounded(o, layer.writes)
+
+
+def _rounded(x: Tensor, span: tuple[float, float]) -> Tensor:
+    import torch.ao.quantization.fx._decomposed  # registers the operators
+
+    scale, zero = affine(*span)
+    operators = torch.ops.quantized_decomposed
+    codes = operators.quantize_per_tensor(x, scale, zero, 0, UINT8, torch.uint8)
+    y: Tensor = operators.dequantize_per_tensor(codes, scale, zero, 0, UINT8, torch.uint8)
+    return y

@@ -1,24 +1,25 @@
 """Bias correction: rounding shifts the mean of every channel; the biases take it back before anything is quantized.
 
-Nagel et al. 2019 ("Data-free quantization through weight equalization and bias correction", section 4.2, the variant that
-measures the means on data). It is done once in PyTorch, on weights and activations rounded as the formats round them,
-and every format then quantizes the corrected module; so none depends on what its own tool offers.
+Nagel et al. 2019 ("Data-free quantization through weight equalization and bias correction", section 4.2, the variant
+that measures the means on data). It is done once in PyTorch, on weights and activations rounded as the formats round
+them, and every format then quantizes the corrected module; so none depends on what its own tool offers.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from pocketsam.images import Rgb
+from pocketsam.quantize.equalize import equalize
+from pocketsam.quantize.grid import Grid, Scales, Weighted
+from pocketsam.quantize.hooks import Hook, hooked
 
-Weighted: TypeAlias = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish)
 # Pixels of a batch: the activations of all its images are in memory at once.
 PIXELS = 8 * 512 ** 2
@@ -34,6 +35,7 @@ class Layer:
         means: (C,) of the output's channels, one for each image.
         reads, writes: lowest and highest value of its input and output.
         activated: its output goes to an activation, and is rounded only behind it.
+        order: of execution.
     """
 
     module: Weighted
@@ -41,53 +43,69 @@ class Layer:
     reads: tuple[float, float] = (0.0, 0.0)
     writes: tuple[float, float] = (0.0, 0.0)
     activated: bool = False
+    order: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An encoder that is ready to be quantized by a format's tool.
+
+    Attributes:
+        module: float, with rounded weights and corrected biases.
+        scales: the grid its weights lie on.
+        layers: what was seen of the weighted layers, in execution order, the first one included.
+        streams: equalized streams.
+    """
+
+    module: nn.Module
+    scales: Scales
+    layers: list[Layer]
+    streams: int
 
 
 @torch.no_grad()
-def corrected(module: nn.Module, images: Iterable[Rgb], weight_levels: int, activations: bool) -> nn.Module:
-    """A copy of an encoder with rounded weights (still in float) and biases that undo the mean shift of quantization.
+def prepare(module: nn.Module, images: Sequence[Rgb], grid: Grid, activations: bool) -> Prepared:
+    """Equalize, round the weights, and correct the biases, on a copy.
 
-    Layers are corrected in execution order, each behind those that already are. The format's tool finds the weights on
-    its own grid and the activations where they will be.
+    Layers are corrected in execution order, each behind those that already are. The weights stay rounded, so that the
+    format's tool finds them on its own grid, and the activations where they will be. The first layer stays as it is:
+    its input is the image, it is small, and formats keep it in float.
 
     Args:
         module: takes uint8 (B, S, S, 3); its normalisations are folded away.
         images: uint8 (1, S, S, 3) each.
-        weight_levels: magnitude of the largest weight of a channel, 127 for symmetric int8.
+        grid: of the weights.
         activations: whether these are rounded to 8 bits too.
     """
     changed = copy.deepcopy(module)
+    streams = equalize(changed, images) if activations else 0
     layers = [Layer(m) for m in changed.modules() if isinstance(m, Weighted)]
     # Ranges must be those that the formats' own calibration finds, so all images are looked at.
     batch: list[Tensor] = []
-    with _hooks(_observe(layers), changed):
+    with hooked(_observe(layers, changed)):
         for image in images:
             x = torch.from_numpy(image)
             changed(x)
             if (len(batch) + 1) * x.shape[1] ** 2 <= PIXELS or not batch:
                 batch.append(x)
-    # The first layer stays in float (its input is the image, and it is small).
-    rounded = layers[1:]
-    for layer in rounded:
-        layer.module.weight.data = round_weights(layer.module, weight_levels)
-    with _hooks(_correct(rounded, activations, len(batch)), changed):
+    layers.sort(key=lambda layer: layer.order)
+    scales = Scales(grid)
+    for layer in layers[1:]:
+        layer.module.weight.data = scales.round(layer.module)
+    with hooked(_correct(layers[1:], activations, len(batch))):
         changed(torch.cat(batch))
-    return changed
+    return Prepared(changed, scales, layers, streams)
 
 
-def round_weights(module: Weighted, levels: int) -> Tensor:
-    """The weights on a symmetric grid with one scale per output channel."""
-    weight = module.weight.data
-    axis = 1 if isinstance(module, nn.ConvTranspose2d) else 0
-    others = tuple(i for i in range(weight.ndim) if i != axis)
-    scale = (weight.abs().amax(others, keepdim=True) / levels).clamp(min=1e-12)
-    return (weight / scale).round() * scale
+def affine(low: float, high: float) -> tuple[float, int]:
+    """Scale and zero point of 8-bit unsigned codes for a range that contains zero."""
+    scale = max((high - low) / UINT8, 1e-12)
+    return scale, round(-low / scale)
 
 
 def round_values(x: Tensor, low: float, high: float) -> Tensor:
-    """8-bit affine rounding over a range that contains zero; values outside are clipped."""
-    scale = max((high - low) / UINT8, 1e-12)
-    zero = round(-low / scale)
+    """8-bit affine rounding; values outside the range are clipped."""
+    scale, zero = affine(low, high)
     return ((x / scale).round() + zero).clamp(0, UINT8).sub(zero).mul(scale)
 
 
@@ -96,14 +114,13 @@ def _channel_means(x: Tensor, module: Weighted) -> Tensor:
     return x.flatten(0, -2).mean(0) if isinstance(module, nn.Linear) else x.mean((0, 2, 3))
 
 
-Hook = tuple[nn.Module, str, Callable[..., Any]]
-
-
-def _observe(layers: Sequence[Layer]) -> Callable[[nn.Module], Iterator[Hook]]:
+def _observe(layers: Sequence[Layer], module: nn.Module) -> Iterator[Hook]:
     """Means and ranges of every layer, and whether an activation follows."""
     last: dict[str, tuple[Layer, Tensor]] = {}
+    count = itertools.count()
 
     def look(layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        layer.order = next(count)
         layer.means.append(_channel_means(output, layer.module))
         layer.reads = _widened(layer.reads, inputs[0])
         layer.writes = _widened(layer.writes, output)
@@ -113,17 +130,14 @@ def _observe(layers: Sequence[Layer]) -> Callable[[nn.Module], Iterator[Hook]]:
         if last and last["layer"][1] is inputs[0]:
             last["layer"][0].activated = True
 
-    def hooks(module: nn.Module) -> Iterator[Hook]:
-        for layer in layers:
-            yield layer.module, "after", lambda _, i, o, layer=layer: look(layer, i, o)
-        for part in module.modules():
-            if isinstance(part, ACTIVATIONS):
-                yield part, "before", act
-
-    return hooks
+    for layer in layers:
+        yield layer.module, "after", lambda _, i, o, layer=layer: look(layer, i, o)
+    for part in module.modules():
+        if isinstance(part, ACTIVATIONS):
+            yield part, "before", act
 
 
-def _correct(layers: Sequence[Layer], activations: bool, images: int) -> Callable[[nn.Module], Iterator[Hook]]:
+def _correct(layers: Sequence[Layer], activations: bool, images: int) -> Iterator[Hook]:
     """Round what a layer reads, take back the shift of its mean over the first images, and round what it writes."""
     def read(layer: Layer, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         return (round_values(inputs[0], *layer.reads),) if activations else None
@@ -136,23 +150,9 @@ def _correct(layers: Sequence[Layer], activations: bool, images: int) -> Callabl
             output = output + (shift if isinstance(module, nn.Linear) else shift[:, None, None])
         return round_values(output, *layer.writes) if activations and not layer.activated else output
 
-    def hooks(module: nn.Module) -> Iterator[Hook]:
-        for layer in layers:
-            yield layer.module, "before", lambda _, i, layer=layer: read(layer, i)
-            yield layer.module, "after", lambda _, i, o, layer=layer: write(layer, o)
-
-    return hooks
-
-
-@contextmanager
-def _hooks(make: Callable[[nn.Module], Iterator[Hook]], module: nn.Module) -> Iterator[None]:
-    handles = [part.register_forward_pre_hook(call) if when == "before" else part.register_forward_hook(call)
-               for part, when, call in make(module)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    for layer in layers:
+        yield layer.module, "before", lambda _, i, layer=layer: read(layer, i)
+        yield layer.module, "after", lambda _, i, o, layer=layer: write(layer, o)
 
 
 def _widened(known: tuple[float, float], x: Tensor) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from typing import Any
 from pocketsam.batching import ENTRY_BATCHES
 from pocketsam.export.litert import _quiet as quiet
 from pocketsam.export.litert import signature_name
+from pocketsam.quantize.grid import Grid
 from pocketsam.quantize.recipes import Job
 
 WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D_TRANSPOSE", "FULLY_CONNECTED")
@@ -23,6 +24,11 @@ class LiteRtQuantizer:
 
     name = "litert"
     recipes: tuple[str, ...] = ("int8", "int8-dynamic", "int8-weights")
+
+    @staticmethod
+    def grid() -> Grid:
+        """Its kernels add in 32 bits."""
+        return "full"
 
     def __init__(self, job: Job) -> None:
         self.job = job

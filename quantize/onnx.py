@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from onnxruntime import quantization as ortq
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from pocketsam.quantize.recipes import Job, wide_sums
+from pocketsam.quantize.recipes import Job, narrow_grid
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # What stands between weighted layers; softmax, normalisation and products of computed tensors stay in float.
@@ -25,13 +25,15 @@ SMALLEST = 1024
 
 
 class OnnxQuantizer:
-    """``int8``: QDQ, u8 activations, s8 weights per channel, 7 bits where sums saturate; ``int8-weights``.
+    """``int8``: QDQ, u8 activations, s8 weights per channel on a grid whose sums do not saturate; ``int8-weights``.
 
     Dynamic int8 is refused: ONNX Runtime turns convolutions into ConvInteger, which is several times slower than float.
     """
 
     name = "onnx"
     recipes: tuple[str, ...] = ("int8", "int8-weights")
+
+    grid = staticmethod(narrow_grid)
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -61,11 +63,24 @@ class OnnxQuantizer:
             # Unsigned weights would not saturate either, and are ten times slower than fp32 on AVX2.
             ortq.quantize_static(
                 str(self._prepared), str(path), _Reader(self.job.inputs(1)), quant_format=ortq.QuantFormat.QDQ,
-                per_channel=True, reduce_range=not wide_sums(), activation_type=ortq.QuantType.QUInt8,
+                per_channel=True, extra_options={"TensorQuantOverrides": self._overrides(model, wanted)},
+                activation_type=ortq.QuantType.QUInt8,
                 weight_type=ortq.QuantType.QInt8, op_types_to_quantize=[*WEIGHTED, *BETWEEN],
                 nodes_to_quantize=chosen,
                 # Written by the first call and read by the following ones.
                 calibration_cache_path=Path(self._folder.name) / "ranges.json")
+
+    def _overrides(self, model: Any, wanted: set[str]) -> dict[str, list[dict[str, Any]]]:
+        """The scales of weights that were rounded before; the tool would take others."""
+        values = {i.name: i for i in model.graph.initializer}
+        found: dict[str, list[dict[str, Any]]] = {}
+        for node in self._weighted(model):
+            scales = self.job.scale_of(numpy_helper.to_array(values[node.input[1]]))
+            if node.name in wanted and scales is not None:
+                found[node.input[1]] = [
+                    {"axis": 0 if node.op_type == "Conv" else 1, "scale": s, "zero_point": np.array(0, np.int8),
+                     "quant_type": ortq.QuantType.QInt8} for s in scales]
+        return found
 
     def _weighted(self, model: Any) -> list[Any]:
         constants = {i.name for i in model.graph.initializer}

@@ -9,11 +9,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openvino as ov
+from numpy.typing import NDArray
+from openvino import opset13 as opset
 
 from pocketsam.export.openvino import MODEL_FILE
-from pocketsam.quantize.recipes import Job, wide_sums
+from pocketsam.quantize.recipes import Job, narrow_grid
 
+PASSED = ("Convert", "Reshape", "Transpose")
 WEIGHTED = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul")
 
 
@@ -25,6 +29,8 @@ class OpenVinoQuantizer:
 
     name = "openvino"
     recipes: tuple[str, ...] = ("int8", "int8-weights")
+
+    grid = staticmethod(narrow_grid)
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -49,14 +55,29 @@ class OpenVinoQuantizer:
             if self.job.recipe == "int8-weights":
                 done = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=ignored)
             else:
-                self._samples = self._samples or list(self.job.inputs(1))
-                advanced = nncf.AdvancedQuantizationParameters(
-                    overflow_fix=nncf.OverflowFix.DISABLE if wide_sums() else nncf.OverflowFix.ENABLE)
-                done = nncf.quantize(model, nncf.Dataset(self._samples), subset_size=len(self._samples),
-                                     preset=nncf.QuantizationPreset.MIXED, ignored_scope=ignored,
-                                     advanced_parameters=advanced)
+                done = self._quantized(model, ignored)
             path.mkdir(exist_ok=True)
             ov.save_model(done, path / MODEL_FILE, compress_to_fp16=False)
+
+    def _quantized(self, model: ov.Model, ignored: Any) -> ov.Model:
+        import nncf
+        from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+
+        self._samples = self._samples or list(self.job.inputs(1))
+        # Biases are corrected before; saturation is avoided by the grid, which costs less than a whole bit.
+        advanced = nncf.AdvancedQuantizationParameters(
+            overflow_fix=nncf.OverflowFix.DISABLE, disable_bias_correction=self.job.prepared is not None,
+            activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX)
+        wanted = {o.get_friendly_name(): scales for o in model.get_ordered_ops()
+                  if (weights := _weights(o)) is not None and (scales := self.job.scale_of(weights)) is not None}
+        floats = {name: _weights(o) for o in model.get_ordered_ops() if (name := o.get_friendly_name()) in wanted}
+        done = nncf.quantize(model, nncf.Dataset(self._samples), subset_size=len(self._samples),
+                             preset=nncf.QuantizationPreset.MIXED, ignored_scope=ignored,
+                             advanced_parameters=advanced)
+        for operator in done.get_ordered_ops():
+            if (name := operator.get_friendly_name()) in wanted:
+                _requantize(operator, floats[name], wanted[name])
+        return done
 
     def _read(self) -> ov.Model:
         return ov.Core().read_model(self.job.source / MODEL_FILE)
@@ -75,9 +96,34 @@ def _weighted(operator: Any) -> bool:
     return any(s.get_type_name() == "Constant" or _constant_behind(s) for s in sources)
 
 
+def _weights(operator: Any) -> NDArray[np.float32] | None:
+    """The constant weights of a float operator, or None."""
+    if not _weighted(operator):
+        return None
+    for i in range(operator.get_input_size()):
+        node = operator.input_value(i).get_node()
+        while node.get_type_name() in PASSED and node.get_input_size():
+            node = node.input_value(0).get_node()
+        if node.get_type_name() == "Constant":
+            return np.array(node.data, np.float32)
+    return None
+
+
+def _requantize(operator: Any, weights: NDArray[np.float32] | None, scales: NDArray[np.float32]) -> None:
+    """Replace the tool's int8 weights, Multiply(Convert(Constant), scale), by those on the given scales."""
+    product = operator.input_value(1).get_node()
+    if weights is None or product.get_type_name() != "Multiply":
+        return
+    shape = list(product.get_output_shape(0))
+    column = scales.reshape(-1, *[1] * (len(shape) - 1))
+    codes = np.rint(weights.reshape(shape) / column).astype(np.int8)
+    product.input(0).replace_source_output(opset.convert(opset.constant(codes), "f32").output(0))
+    product.input(1).replace_source_output(opset.constant(column.astype(np.float32)).output(0))
+
+
 def _constant_behind(node: Any) -> bool:
     """Weights may pass a conversion or a reshape before they reach their operator."""
-    return (node.get_type_name() in ("Convert", "Reshape", "Transpose") and node.get_input_size() > 0
+    return (node.get_type_name() in PASSED and node.get_input_size() > 0
             and node.input_value(0).get_node().get_type_name() == "Constant")
 
 

@@ -15,12 +15,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pocketsam import registry
 from pocketsam.doctor import machine
 from pocketsam.errors import MissingDependency, UnknownName, UnsupportedModel
 from pocketsam.specs import GraphSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pocketsam.quantize.correction import Prepared
+    from pocketsam.quantize.grid import Grid
 
 RECIPES = {
     "int8": "weights per channel and activations in 8 bits, ranges from calibration",
@@ -38,17 +45,24 @@ def wide_sums() -> bool:
     return bool(WIDE_SUMS & set(machine()["features"]))
 
 
+def narrow_grid() -> Grid:
+    """The grid for engines that multiply u8 with s8 as this processor does."""
+    return "full" if wide_sums() else "pairs"
+
+
 @dataclass(frozen=True)
 class Job:
     """One graph to quantize.
 
     Attributes:
         spec: its contract.
-        source: the fp32 artifact of the same format, a file or folder.
+        source: an fp32 artifact of the same format, a file or folder: the encoder with rounded weights and corrected
+            biases (see :mod:`pocketsam.quantize.correction`), the decoder as it is.
         module: the torch module that ``source`` was made from, float, in eval mode.
         recipe: a name of ``RECIPES``.
         inputs: called with a prompt batch, gives calibration inputs by contract name, one at a time.
         threads: CPU threads of calibration.
+        prepared: of the encoder: the grid of its weights, and what was seen of its layers.
     """
 
     spec: GraphSpec
@@ -57,6 +71,11 @@ class Job:
     recipe: str
     inputs: Callable[[int], Iterable[dict[str, Any]]]
     threads: int = 2
+    prepared: Prepared | None = None
+
+    def scale_of(self, weights: NDArray[Any]) -> NDArray[np.float32] | None:
+        """(C,) scales of the grid that weights lie on; None if they were not rounded before."""
+        return None if self.prepared is None else self.prepared.scales.of(weights)
 
 
 class Quantizer(Protocol):
@@ -65,10 +84,14 @@ class Quantizer(Protocol):
     Attributes:
         name: of the format.
         recipes: what the format has.
+        grid: of weights in recipe ``int8``, a function because it may depend on the processor.
     """
 
     name: str
     recipes: tuple[str, ...]
+
+    @staticmethod
+    def grid() -> Grid: ...
 
     def __init__(self, job: Job) -> None: ...
 
@@ -78,7 +101,7 @@ class Quantizer(Protocol):
         ...
 
     def layers(self) -> list[str]:
-        """Names of the weighted layers in execution order, those that stay in float by default left out."""
+        """Names of the weighted layers in execution order; the encoder's first one always stays in float."""
         ...
 
     def write(self, path: Path, keep: frozenset[str] = frozenset()) -> None:

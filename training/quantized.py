@@ -1,8 +1,8 @@
-"""Training for int8: the encoder computes on 8-bit activations and its answers are pulled to those of the float model.
+"""Training for int8: the encoder computes on 8-bit activations; its answers are pulled to those of the float model.
 
-Quantization-aware training with the straight-through estimator (Jacob et al. 2018), of activations only: rounded weights shift
-channel means, which export corrects, and training against an error that does not remain would only cost. What remains
-is the rounding of activations, and the decoder has to learn that so small a change of the embedding means nothing.
+Quantization-aware training with the straight-through estimator (Jacob et al. 2018), of activations only: rounded
+weights shift channel means, which export corrects, and training against an error that does not remain would only cost.
+What remains is the rounding of activations, and the decoder has to learn that so small a change means nothing.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from torch import Tensor
 from pocketsam.runtimes.mil.arguments import Arguments, Operator
 from pocketsam.runtimes.mil.errors import UnknownOperator
 
+CODES = {"int8": (-128, 127), "uint8": (0, 255)}
 GELU = {"EXACT": "none", "TANH_APPROXIMATION": "tanh"}
 
 
@@ -79,6 +80,33 @@ def real_div(a: Arguments) -> Tensor:
     return a["x"] / a["y"]
 
 
+def quantize(a: Arguments) -> Tensor:
+    """round(input / scale) + zero point, clamped to the codes of ``output_dtype``; scale scalar or along ``axis``."""
+    kind = a.text("output_dtype")
+    if kind not in CODES:
+        raise UnknownOperator("quantize", f"output_dtype {kind}")
+    x = a["input"]
+    scale, zero = _affine(a, x)
+    return (torch.round(x / scale) + zero).clamp(*CODES[kind])
+
+
+def dequantize(a: Arguments) -> Tensor:
+    """(input - zero point) * scale."""
+    x = a["input"]
+    scale, zero = _affine(a, x)
+    return (x.to(scale.dtype) - zero) * scale
+
+
+def _affine(a: Arguments, x: Tensor) -> tuple[Tensor, Tensor]:
+    scale, zero = a["scale"], a.optional("zero_point")
+    zero = torch.zeros((), dtype=scale.dtype) if zero is None else zero.to(scale.dtype)
+    if scale.ndim == 0:
+        return scale, zero
+    shape = [1] * x.ndim
+    shape[a.int("axis")] = -1
+    return scale.reshape(shape), zero.reshape(shape) if zero.ndim else zero
+
+
 def select(a: Arguments) -> Tensor:
     return torch.where(a["cond"].bool(), a["a"], a["b"])
 
@@ -93,6 +121,7 @@ TABLE: dict[str, Operator] = {
     "cast": cast, "clip": clip, "elu": elu, "gelu": gelu, "inverse": inverse, "leaky_relu": leaky_relu, "log": log,
     "prelu": prelu, "rsqrt": rsqrt, "sigmoid_hard": sigmoid_hard,
     "add": binary(torch.add), "sub": binary(torch.sub), "mul": binary(torch.mul), "real_div": real_div,
+    "quantize": quantize, "dequantize": dequantize,
     "floor_div": binary(torch.floor_divide), "mod": binary(torch.remainder), "pow": binary(torch.pow),
     "maximum": binary(torch.maximum), "minimum": binary(torch.minimum), "equal": binary(torch.eq),
     "not_equal": binary(torch.ne), "greater": binary(torch.gt), "greater_equal": binary(torch.ge),
