@@ -171,8 +171,8 @@ class _Pair:
             row = self._row("encoder", path, key)
             return agreement(self.reference, self._open(row, decoder), images).summary()
 
-        search = Search(tool.layers, measure, self.stage.images, self.stage.calibration.images[:SEARCH_IMAGES],
-                        self.gate, self.stage.seconds, f"{key}-{self.format}", self.stage.report,
+        trials = self.stage.calibration.images[:SEARCH_IMAGES]
+        search = Search(lambda: tool.layers()[1:], measure, self.stage.images, trials, self.gate, self.stage.seconds, f"{key}-{self.format}", self.stage.report,
                         lambda: self._ratio("encoder", self._row("encoder", path, key), decoder))
         found = search.run()
         if not found.measured["all"]["mean"] >= self.gate:

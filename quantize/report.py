@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,23 @@ import numpy as np
 
 from pocketsam.api import open_bundle
 from pocketsam.bundle import Artifact, Bundle
-from pocketsam.geometry import Bools, masks_from_logits
+from pocketsam.distance import inner_point
+from pocketsam.geometry import Bools, masks_from_logits, tight_box
 from pocketsam.images import Rgb, load_rgb
+from pocketsam.labelled import read_pack
 from pocketsam.parity import PROMPTS_PER_IMAGE, Agreement, mask_iou, sample_prompts
 from pocketsam.photos import photo_paths
-from pocketsam.predictor import Predictor
+from pocketsam.predictor import Predictor, best_token
 from pocketsam.prompts import Prompt
 from pocketsam.quantize.agreement import Remembered
-from pocketsam.quantize.packs import Labelled, labelled
 from pocketsam.registry import RUNTIME_FORMATS
 
 HEADS = ("format", "recipe", "encoder MB", "size ratio", "box mean / p5 / worst", "point mean / p5 / worst", "flips",
          "retention box / point", "encoder time ratio", "slower", "decoder", "float layers")
 WORST = 5
-REGIONS = 4
+REGIONS = 8
+# Share of the image below which a region is left out.
+SMALLEST = 0.002
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,12 @@ def measure(bundle: Bundle, reference: Predictor, recipes: Sequence[str], pack: 
         pack: labelled pack; None measures on the photos that ship with the package, without retention.
         count: at most this many images of the pack.
 
+    Raises:
+        LabelError: not a labelled pack.
+
     Returns:
         Rows, and the five prompts whose masks agree least.
     """
-    samples = ([Labelled(load_rgb(p), np.empty((0, 1, 1), np.bool_)) for p in photo_paths()] if pack is None
-               else list(labelled(pack, count, REGIONS)))
     remembered = Predictor(Remembered(reference.runtime))
     rows: list[Row] = []
     cases: list[Case] = []
@@ -98,27 +103,39 @@ def measure(bundle: Bundle, reference: Predictor, recipes: Sequence[str], pack: 
             held = {a.graph: a for a in bundle.artifacts if (a.format, a.precision) == (format_, recipe)}
             if len(held) < 2:
                 continue
-            report(f"measuring {format_} {recipe} on {len(samples)} images")
+            report(f"measuring {format_} {recipe} on {pack or 'the shipped photos'}")
             candidate = Predictor(open_bundle(bundle, runtime, recipe))
-            row, worst = _row(remembered, candidate, samples, format_, recipe, held, pack is not None)
+            row, worst = _row(remembered, candidate, _samples(pack, count), format_, recipe, held, pack is not None)
             rows.append(row)
             cases += worst
     return rows, sorted(cases, key=lambda c: c.iou)[:WORST]
 
 
-def _row(reference: Predictor, candidate: Predictor, samples: Sequence[Labelled], format_: str, recipe: str,
-         held: dict[str, Artifact], quality: bool) -> tuple[Row, list[Case]]:
+def _samples(pack: Path | None, count: int) -> Iterator[tuple[Rgb, list[Bools]]]:
+    """Images, each with at most ``REGIONS`` of its annotated regions, drawn with a seed of its own."""
+    if pack is None:
+        yield from ((load_rgb(p), []) for p in photo_paths())
+        return
+    for sample in read_pack(pack, limit=count):
+        shapes = [layer == k for layer in sample.layers for k in np.unique(layer[layer > 0])]
+        shapes = [s for s in shapes if s.mean() >= SMALLEST]
+        order = np.random.default_rng(zlib.crc32(sample.id.encode())).permutation(len(shapes))
+        yield sample.image, [shapes[i] for i in order[:REGIONS]]
+
+
+def _row(reference: Predictor, candidate: Predictor, samples: Iterable[tuple[Rgb, list[Bools]]], format_: str,
+         recipe: str, held: dict[str, Artifact], quality: bool) -> tuple[Row, list[Case]]:
     total = Agreement()
     cases: list[Case] = []
     truths: dict[str, list[tuple[float, float]]] = {"box": [], "point": []}
     rng = np.random.default_rng(0)
-    for sample in samples:
+    for image, regions in samples:
         total.images += 1
-        height, width = sample.image.shape[:2]
-        reference.set_image(sample.image)
-        candidate.set_image(sample.image)
+        height, width = image.shape[:2]
+        reference.set_image(image)
+        candidate.set_image(image)
         asked = sample_prompts(reference, height, width, PROMPTS_PER_IMAGE, rng)
-        true = [(kind, prompt, region) for region in sample.regions for kind, prompt in _of(region, reference)]
+        true = [(kind, prompt, region) for region in regions for kind, prompt in _of(region, reference)]
         prompts = [*asked, *((k, p) for k, p, _ in true)]
         ours, theirs = (_answers(p, prompts) for p in (reference, candidate))
         for (kind, _, region), (a, _), (b, _) in zip(true, ours[len(asked):], theirs[len(asked):], strict=True):
@@ -127,7 +144,7 @@ def _row(reference: Predictor, candidate: Predictor, samples: Sequence[Labelled]
             iou = mask_iou(a, b)
             total.ious[kind].append(iou)
             total.flips += token != other
-            cases.append(Case(f"{format_} {recipe}, {kind}", iou, sample.image, a, b))
+            cases.append(Case(f"{format_} {recipe}, {kind}", iou, image, a, b))
         cases = sorted(cases, key=lambda c: c.iou)[:WORST]
     retention = None
     if quality:
@@ -138,30 +155,16 @@ def _row(reference: Predictor, candidate: Predictor, samples: Sequence[Labelled]
 
 
 def _of(region: Bools, predictor: Predictor) -> list[tuple[str, Prompt]]:
-    """The tight box of a region, and the pixel in it that is farthest from its border (by halving erosion)."""
-    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
-    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+    """The tight box of a region, and its innermost point."""
     frame, spec = predictor.current.frame, predictor.spec
-    y, x = _centre(region)
-    return [("box", Prompt.of(frame, spec, box=box)), ("point", Prompt.of(frame, spec, points=[(x + 0.5, y + 0.5)]))]
-
-
-def _centre(region: Bools) -> tuple[int, int]:
-    """(row, column) of a pixel that survives most erosions by one pixel."""
-    inner = np.pad(region, 1)
-    last = inner
-    while inner.any():
-        last = inner
-        inner = last.copy()
-        inner[1:-1, 1:-1] &= last[:-2, 1:-1] & last[2:, 1:-1] & last[1:-1, :-2] & last[1:-1, 2:]
-    y, x = np.argwhere(last)[len(np.argwhere(last)) // 2] - 1
-    return int(y), int(x)
+    return [("box", Prompt.of(frame, spec, box=tight_box(region))),
+            ("point", Prompt.of(frame, spec, points=[inner_point(region)], labels=[1]))]
 
 
 def _answers(predictor: Predictor, prompts: Sequence[tuple[str, Prompt]]) -> list[tuple[Bools, int]]:
     """Mask and chosen token of each prompt: token 0 for a box, the best of 1 to 3 for a point."""
     logits, scores = predictor.decode_prompts([p for _, p in prompts])
-    tokens = [0 if kind == "box" else 1 + int(scores[i, 1:].argmax()) for i, (kind, _) in enumerate(prompts)]
+    tokens = [0 if kind == "box" else best_token(scores[i]) for i, (kind, _) in enumerate(prompts)]
     frame = predictor.current.frame
     return [(masks_from_logits(logits[i, t][None], frame)[0], t) for i, t in enumerate(tokens)]
 

@@ -46,6 +46,11 @@ def pos(x: Tensor) -> Tensor:
     return x.abs() + 0.5
 
 
+def codes(x: Any) -> Any:
+    """int8, one scale for each channel, no zero point."""
+    return mb.quantize(input=x, scale=V, axis=1, output_dtype="int8")
+
+
 def depth_to_space(x: Tensor) -> Tensor:
     """The definition: block offsets vary slower than the channel."""
     out = torch.empty(2, 1, 12, 16)
@@ -183,6 +188,11 @@ OTHERS: list[Case] = [
         x, weight=t(V), bias=t(G))),
     ("scaled_dot_product_attention", lambda x, y: mb.scaled_dot_product_attention(query=x, key=y, value=y),
      lambda x, y: (x @ y.mT / 8 ** 0.5).softmax(-1) @ y),
+    ("quantize", lambda x, y: mb.quantize(input=x, scale=np.float32(0.02), zero_point=np.uint8(100),
+                                          output_dtype="uint8"),
+     lambda x, y: ((x / 0.02).round() + 100).clamp(0, 255)),
+    ("dequantize", lambda x, y: mb.dequantize(input=codes(x), scale=V, axis=1),
+     lambda x, y: (x / t(V)[:, None, None]).round().clamp(-128, 127) * t(V)[:, None, None]),
 ]
 CASES = [*SIMPLE, *PAIRS, *OTHERS]
 
