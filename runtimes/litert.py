@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter
 from importlib import metadata
@@ -45,6 +46,8 @@ class LiteRtRuntime:
         self._decoder = _interpreter(bundle.file(bundle.find(FORMAT, precision, "decoder")), threads)
         self._encode = _runner(self._encoder, "encode", encoder)
         self._decode = {n: _runner(self._decoder, f"decode_{n}", decoder) for n in ENTRY_BATCHES}
+        self.clicks = bundle.has_clicks(FORMAT, precision)
+        self._click = functools.cache(lambda name: _interpreter(bundle.file(bundle.find(FORMAT, precision, name)), threads))
         self._info = {"runtime": "litert", "version": metadata.version(ENGINE), "engine": ENGINE,
                       "precision": precision, "threads": threads, "weights_sha256": bundle.weights_sha256}
 
@@ -67,6 +70,12 @@ class LiteRtRuntime:
 
         with self._lock:
             return decode_padded(prompts, run)
+
+    def click(self, graph: str, inputs: Tensors) -> Tensors:
+        spec = self.spec.graphs()[graph]
+        size = next((len(inputs[t.name]) for t in spec.inputs if isinstance(t.shape[0], str)), 0)
+        with self._lock:
+            return dict(_runner(self._click(graph), f"{graph}_{size}" if size else graph, spec)(**inputs))
 
     def info(self) -> dict[str, Any]:
         return {**self._info, "fallback_ops": self.fallback_ops()}
