@@ -65,8 +65,8 @@ class CoreMlExporter:
             for batch in ENTRY_BATCHES:
                 single = str(Path(folder) / f"{batch}.mlpackage")
                 convert(graph, spec, precision, batch).save(single)
-                functions.add_function(single, "main", function_name(spec, batch))
-            functions.default_function_name = function_name(spec, ENTRY_BATCHES[0])
+                functions.add_function(single, "main", function_name(batch))
+            functions.default_function_name = function_name(ENTRY_BATCHES[0])
             ct.utils.save_multifunction(functions, str(path))
 
 
@@ -83,9 +83,9 @@ class PlanarImage(nn.Module):
         return features
 
 
-def function_name(spec: GraphSpec, batch: int) -> str:
-    """The function for a number of prompts: ``decode_1``, ``click_scores_16`` ..."""
-    return f"{'decode' if spec.name == 'decoder' else spec.name}_{batch}"
+def function_name(batch: int) -> str:
+    """The decoder function for a number of prompts."""
+    return f"decode_{batch}"
 
 
 def convert(module: nn.Module, spec: GraphSpec, precision: str, batch: int) -> Any:

@@ -67,7 +67,7 @@ def _convert(graph: Graph, spec: GraphSpec, path: Path) -> None:
 
 
 def signature_name(spec: GraphSpec, batch: int) -> str:
-    """``encode``, ``decode_1`` or ``decode_16``; of click graphs the name, with the batch where there is one."""
+    """``encode``, ``decode_1`` or ``decode_16``; or a click graph's own name."""
     verb = {"encoder": "encode", "decoder": "decode"}.get(spec.name, spec.name)
     return f"{verb}_{batch}" if spec.batched else verb
 

@@ -77,7 +77,7 @@ class ClickImage(nn.Module):
                   f.g2[:, None] * matrix(f.final.v_proj), f.w_up]
         keep(self, raw=raw, raw_bias=moved + bias + base @ raw, first=torch.cat(first, 1),
              second=torch.cat(second, 1), offset=base + double(write.out_proj.bias), gain=f.g1,
-             carried=2 / c * f.carried, skip_bias_1=f.b_up)
+             carried=2 / c * f.carried[:, None], skip_bias_1=f.b_up)
         self.high_res = decoder.high_res
         if self.high_res:
             keep(self, skip_bias_0=double(decoder.output_upscaling[3].bias))
@@ -85,9 +85,9 @@ class ClickImage(nn.Module):
     def forward(self, image: Tensor, *skips: Tensor) -> tuple[Tensor, ...]:
         _, c, h, w = image.shape
         n = h * w
-        x = image.reshape(c, n).transpose(0, 1)
-        k1, q1, v1 = (x @ self.raw + self.raw_bias).chunk(3, 1)
-        now = centred(x + self.offset)
+        rows = image.reshape(c, n).transpose(0, 1)
+        k1, q1, v1 = (rows @ self.raw + self.raw_bias).chunk(3, 1)
+        now = centred(rows + self.offset)
         after = centred(now * self.gain)
         x1, k2, q2, v2 = (now @ self.first).chunk(4, 1)
         d = k1.shape[1]
@@ -95,7 +95,8 @@ class ClickImage(nn.Module):
         y1, y2, k3, v3, fine = rest.split([d, d, d, d, rest.shape[1] - 4 * d], 1)
         columns = torch.cat([k1, q1, x1, k2, q2, y1, y2, k3], 1).transpose(0, 1)
         values = torch.cat([v1, v2, v3], 1).reshape(n, VALUES * self.heads, -1).transpose(0, 1)
-        norms = torch.stack([(now * now).mean(1), (after * after).mean(1), after @ self.carried])
+        squares = [(x * x).mean(1, keepdim=True) for x in (now, after)]
+        norms = torch.cat([*squares, after @ self.carried], 1).transpose(0, 1)
         out = columns.reshape(COLUMNS * self.heads, -1, n), values, norms, fine
         if not self.high_res:
             return out
@@ -259,9 +260,9 @@ class ClickMasks(nn.Module):
         *skips, hyper, weights, basis, scales = rest
         b, n = weights.shape[0], weights.shape[2]
         x = (weights * scales[:, :1]).transpose(1, 2) @ (basis @ self.w_up)
-        x = x + scales[:, 1:].transpose(1, 2) * fine + (skips[0] if skips else self.b_up)
+        x = x + scales[:, 1:].transpose(1, 2) * fine
         c1 = x.shape[2] // 4
-        x = x.reshape(b, n * 4, c1)
+        x = x.reshape(b, n * 4, c1) + skips[0].reshape(n * 4, c1) if skips else (x + self.b_up).reshape(b, n * 4, c1)
         x = self.act1(nn.functional.layer_norm(x, (c1,), self.norm.weight, self.norm.bias, self.norm.eps))
         x = x @ self.w_up2 if skips else x @ self.w_up2 + self.b_up2
         x = x.reshape(b, n * 16, hyper.shape[2])

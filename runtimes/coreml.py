@@ -71,12 +71,12 @@ class CoreMlRuntime:
         for program, graph in [(self._encoder, encoder), *((d, decoder) for d in decoders)]:
             _check(program, graph)
         self.clicks = bundle.has_clicks(FORMAT, precision)
+        self.click_workers = 1
 
         @functools.cache
-        def click(name: str, size: int) -> Program:
+        def click(name: str) -> Program:
             graph = self.spec.graphs()[name]
-            function = f"{name}_{size}" if graph.batched else None
-            (program,) = open_all(_path(bundle, precision, graph), [function], unit, threads)
+            (program,) = open_all(_path(bundle, precision, graph), [None], unit, threads)
             _check(program, graph)
             return program
 
@@ -106,9 +106,7 @@ class CoreMlRuntime:
         return decode_padded(prompts, lambda size, padded: self._decoders[size].run({**features, **padded}))
 
     def click(self, graph: str, inputs: Tensors) -> Tensors:
-        spec = self.spec.graphs()[graph]
-        size = next((len(inputs[t.name]) for t in spec.inputs if isinstance(t.shape[0], str)), 1)
-        return self._click(graph, size).run(inputs)
+        return self._click(graph).run(inputs)
 
     def info(self) -> dict[str, Any]:
         return dict(self._info)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections import Counter
 from importlib import metadata
@@ -47,7 +48,10 @@ class LiteRtRuntime:
         self._encode = _runner(self._encoder, "encode", encoder)
         self._decode = {n: _runner(self._decoder, f"decode_{n}", decoder) for n in ENTRY_BATCHES}
         self.clicks = bundle.has_clicks(FORMAT, precision)
-        self._click = functools.cache(lambda name: _interpreter(bundle.file(bundle.find(FORMAT, precision, name)), threads))
+        self.click_workers = threads or os.cpu_count() or 1
+        self._click_path = functools.cache(lambda name: bundle.file(bundle.find(FORMAT, precision, name)))
+        # Interpreters of a click graph that nobody uses at the moment.
+        self._idle: dict[str, list[Any]] = {}
         self._info = {"runtime": "litert", "version": metadata.version(ENGINE), "engine": ENGINE,
                       "precision": precision, "threads": threads, "weights_sha256": bundle.weights_sha256}
 
@@ -73,9 +77,13 @@ class LiteRtRuntime:
 
     def click(self, graph: str, inputs: Tensors) -> Tensors:
         spec = self.spec.graphs()[graph]
-        size = next((len(inputs[t.name]) for t in spec.inputs if isinstance(t.shape[0], str)), 0)
         with self._lock:
-            return dict(_runner(self._click(graph), f"{graph}_{size}" if size else graph, spec)(**inputs))
+            idle = self._idle.setdefault(graph, [])
+            interpreter = idle.pop() if idle else _interpreter(self._click_path(graph), 1)
+        out = dict(_runner(interpreter, graph, spec)(**inputs))
+        with self._lock:
+            idle.append(interpreter)
+        return out
 
     def info(self) -> dict[str, Any]:
         return {**self._info, "fallback_ops": self.fallback_ops()}

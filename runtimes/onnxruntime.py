@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ class OnnxRuntime:
         self._decoder = self._session(bundle, precision, threads, self.spec.decoder_graph(self.slots))
         self.clicks = bundle.has_clicks(FORMAT, precision)
         self._click = functools.cache(
-            lambda name: self._session(bundle, precision, threads, self.spec.graphs()[name]))
+            lambda name: self._session(bundle, precision, 1, self.spec.graphs()[name]))
+        self.click_workers = threads or os.cpu_count() or 1
         self._info = {"runtime": "onnxruntime", "version": ort.__version__, "precision": precision,
                       "threads": threads, "weights_sha256": bundle.weights_sha256}
 

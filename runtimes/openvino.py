@@ -41,6 +41,9 @@ class OpenVinoRuntime:
         self._batched = functools.cache(lambda name, size: self._resized(bundle, precision, graphs[name], size))
         self._batched("decoder", 1)
         self.clicks = bundle.has_clicks(FORMAT, precision)
+        self.click_workers = threads or os.cpu_count() or 1
+        streams = {**settings(self.click_workers), "NUM_STREAMS": self.click_workers, "CACHE_DIR": self._config["CACHE_DIR"]}
+        self._clicks = functools.cache(lambda name: self._compile(self._read(bundle, precision, graphs[name]), streams))
         self._info = {"runtime": "openvino", "version": ov.get_version(), "precision": precision, "threads": threads,
                       "inference_precision": INFERENCE_PRECISION, "weights_sha256": bundle.weights_sha256}
 
@@ -69,8 +72,7 @@ class OpenVinoRuntime:
 
     def click(self, graph: str, inputs: Tensors) -> Tensors:
         spec = self.spec.graphs()[graph]
-        size = next((len(inputs[t.name]) for t in spec.inputs if isinstance(t.shape[0], str)), 1)
-        out = self._batched(graph, size).create_infer_request().infer(inputs)
+        out = self._clicks(graph).create_infer_request().infer(inputs)
         return {n: np.array(out[n]) for n in spec.output_names}
 
     def info(self) -> dict[str, Any]:
@@ -82,8 +84,8 @@ class OpenVinoRuntime:
         model.reshape({t.name: ov.PartialShape(list(t.concrete(size))) for t in graph.inputs})
         return self._compile(model)
 
-    def _compile(self, model: ov.Model) -> ov.CompiledModel:
-        return self._core.compile_model(model, "CPU", self._config)
+    def _compile(self, model: ov.Model, config: dict[str, Any] | None = None) -> ov.CompiledModel:
+        return self._core.compile_model(model, "CPU", config or self._config)
 
     def _path(self, bundle: Bundle, precision: str, graph: GraphSpec) -> Path:
         return bundle.file(bundle.find(FORMAT, precision, graph.name)) / MODEL_FILE

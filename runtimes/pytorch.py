@@ -43,6 +43,7 @@ class PyTorchRuntime:
         self.slots = MAX_SLOTS
         self._sha256 = sha256
         self.clicks = self.spec.clickable
+        self.click_workers = 1
         # Folded from the weights when they are first asked for.
         self._click = functools.cache(lambda name: CLICK_MODULES[name](self.model).eval())
 

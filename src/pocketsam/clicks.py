@@ -6,13 +6,15 @@ whose predicted IoU passes; ``pocketsam.models.click_decoder`` derives them.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketsam.batching import ENTRY_BATCHES
+from pocketsam.click_specs import BATCH, FACTORS
 from pocketsam.embedding import Embedding
 from pocketsam.prompts import Prompt, decoder_inputs
 from pocketsam.resampling import Floats
@@ -21,8 +23,6 @@ from pocketsam.specs import GraphSpec
 
 if TYPE_CHECKING:
     from pocketsam.predictor import Predictor
-
-ONE, MANY = ENTRY_BATCHES
 
 
 class Answers(NamedTuple):
@@ -60,7 +60,7 @@ class PointDecoder:
             features = {t.name: embedding.features[t.name] for t in sam.spec.feature_specs()}
             self._shared = sam.runtime.click("click_image", features)
 
-    def answers(self, points: NDArray[np.float64], batch: int = MANY, least_score: float = 0) -> Iterator[Answers]:
+    def answers(self, points: NDArray[np.float64], batch: int = BATCH, least_score: float = 0) -> Iterator[Answers]:
         """Decode one click each, a batch at a time; clicks none of whose masks passes may be left out.
 
         Args:
@@ -70,7 +70,16 @@ class PointDecoder:
         """
         if self.graphs:
             yield from self._with_graphs(points, least_score)
-            return
+        else:
+            yield from self._with_decoder(points, batch)
+
+    def logits(self, point: NDArray[np.float64], token: int) -> Floats:
+        """(4h, 4w) logits of one click and token 1 to 3."""
+        (answer,) = self._with_decoder(point[None], 1)
+        logits: Floats = answer.low_res[0, token - 1]
+        return logits
+
+    def _with_decoder(self, points: NDArray[np.float64], batch: int) -> Iterator[Answers]:
         sam, frame = self.sam, self.embedding.frame
         for start in range(0, len(points), batch):
             prompts = [Prompt.of(frame, sam.spec, points=[p], labels=[1]) for p in points[start:start + batch]]
@@ -79,48 +88,56 @@ class PointDecoder:
             yield Answers(np.arange(start, start + len(prompts)), out["low_res_masks"][:, 1:],
                           out["iou_predictions"][:, 1:])
 
-    def logits(self, point: NDArray[np.float64], token: int) -> Floats:
-        """(4h, 4w) logits of one click and token 1 to 3."""
-        (answer,) = self.answers(point[None], 1)
-        logits: Floats = answer.low_res[0, token - 1]
-        return logits
-
     def _with_graphs(self, points: NDArray[np.float64], least_score: float) -> Iterator[Answers]:
-        run = self.sam.runtime.click
-        size = ONE if len(points) == ONE else MANY
         coords = self.embedding.frame.to_model(points)[:, None].astype(np.float32)
-        waiting = _Waiting(self._specs["click_masks"], size)
-        for start in range(0, len(coords), size):
-            part = coords[start:start + size]
-            count = len(part)
-            padded = np.concatenate([part, np.repeat(part[-1:], size - count, 0)])
-            out = run("click_scores", self._take("click_scores", {"point_coords": padded}))
-            scores = out["iou_predictions"][:count, 1:]
-            passing = np.flatnonzero((scores > least_score).any(1)) if least_score > 0 else np.arange(count)
-            for i in passing.tolist():
-                if waiting.add(start + i, scores[i], out, i):
-                    yield self._masks(waiting)
-        if waiting.count:
-            yield self._masks(waiting)
+        waiting = _Waiting(self._specs["click_masks"])
+        workers = self.sam.runtime.click_workers
+        with ThreadPoolExecutor(workers) as pool:
+            # What runs or is about to: bounded, because each batch holds megabytes of factors.
+            scored: deque[tuple[int, Future[Tensors]]] = deque()
+            masked: deque[tuple[Future[Tensors], NDArray[np.int64], Floats]] = deque()
+            starts = iter(range(0, len(coords), BATCH))
+            while True:
+                while len(scored) <= workers and (start := next(starts, None)) is not None:
+                    scored.append((start, pool.submit(self._scores, coords[start:start + BATCH])))
+                if scored:
+                    start, future = scored.popleft()
+                    for row, passed in self._passing(future.result(), len(coords) - start, least_score):
+                        if waiting.add(start + row, passed, future.result(), row):
+                            masked.append(self._submit(pool, waiting))
+                elif waiting.count:
+                    masked.append(self._submit(pool, waiting))
+                while masked and (len(masked) > workers or not scored):
+                    done, found, scores = masked.popleft()
+                    yield Answers(found, done.result()["low_res_masks"][:len(found)], scores)
+                if not scored and not masked and not waiting.count:
+                    return
 
-    def _masks(self, waiting: _Waiting) -> Answers:
-        out = self.sam.runtime.click("click_masks", self._take("click_masks", waiting.factors))
-        points, scores = waiting.clear()
-        return Answers(points, out["low_res_masks"][:len(points)], scores)
+    def _scores(self, coords: Floats) -> Tensors:
+        padded = np.concatenate([coords, np.repeat(coords[-1:], BATCH - len(coords), 0)])
+        return self.sam.runtime.click("click_scores", self._take("click_scores", {"point_coords": padded}))
+
+    @staticmethod
+    def _passing(out: Tensors, count: int, least_score: float) -> Iterator[tuple[int, Floats]]:
+        for row, scores in enumerate(out["iou_predictions"][:count, 1:]):
+            if least_score <= 0 or (scores > least_score).any():
+                yield row, scores
+
+    def _submit(self, pool: ThreadPoolExecutor,
+                waiting: _Waiting) -> tuple[Future[Tensors], NDArray[np.int64], Floats]:
+        inputs = self._take("click_masks", waiting.factors)
+        return pool.submit(self.sam.runtime.click, "click_masks", inputs), *waiting.clear()
 
     def _take(self, graph: str, own: Tensors) -> Tensors:
         return {n: own[n] if n in own else self._shared[n] for n in self._specs[graph].input_names}
 
 
 class _Waiting:
-    """Clicks that passed, gathered until they fill a batch of the mask graph; unused rows hold what was there."""
+    """Clicks that passed, gathered until they fill a batch of the mask graph; rows beyond them hold zeros."""
 
-    def __init__(self, graph: GraphSpec, size: int) -> None:
-        self.factors = {t.name: np.zeros(t.concrete(size), np.float32) for t in graph.inputs
-                        if isinstance(t.shape[0], str)}
-        self.size = size
-        self._points: list[int] = []
-        self._scores: list[Floats] = []
+    def __init__(self, graph: GraphSpec) -> None:
+        self._tensors = [t for t in graph.inputs if t.name in FACTORS]
+        self.clear()
 
     @property
     def count(self) -> int:
@@ -128,13 +145,18 @@ class _Waiting:
 
     def add(self, point: int, scores: Floats, out: Tensors, row: int) -> bool:
         """Take one row of the score graph's outputs; True when the batch is full."""
+        if not self.factors:
+            self.factors = {t.name: np.zeros(t.concrete(BATCH), np.float32) for t in self._tensors}
         for name, values in self.factors.items():
             values[self.count] = out[name][row]
         self._points.append(point)
         self._scores.append(scores)
-        return self.count == self.size
+        return self.count == BATCH
 
     def clear(self) -> tuple[NDArray[np.int64], Floats]:
-        points, scores = np.array(self._points, np.int64), np.stack(self._scores)
-        self._points, self._scores = [], []
-        return points, scores
+        """Begin a new batch; indices and scores of the one that was gathered."""
+        gathered = (self._points, self._scores) if hasattr(self, "_points") else ([], [])
+        self.factors: Tensors = {}
+        self._points: list[int] = []
+        self._scores: list[Floats] = []
+        return np.array(gathered[0], np.int64), np.array(gathered[1], np.float32)

@@ -21,11 +21,14 @@ class Runtime(Protocol):
 
     Attributes:
         clicks: whether it has the click graphs (``pocketsam.click_specs``).
+        click_workers: how many calls of :meth:`click` run side by side, each on one thread: batches are independent,
+            and so nothing waits at the end of every operator.
     """
 
     spec: ModelSpec
     slots: int
     clicks: bool
+    click_workers: int
 
     def encode(self, image: Rgb, frame: Frame) -> Features:
         """uint8 (1, S, S, 3) RGB -> features by contract name; ``frame`` says where the content ends."""
@@ -36,7 +39,7 @@ class Runtime(Protocol):
         ...
 
     def click(self, graph: str, inputs: Tensors) -> Tensors:
-        """Run ``click_image``, ``click_scores`` or ``click_masks``; prompts come in batches of 1 or 16."""
+        """Run ``click_image``, ``click_scores`` or ``click_masks``; prompts come sixteen at a time."""
         ...
 
     def info(self) -> dict[str, Any]:

@@ -205,8 +205,7 @@ class ModelSpec:
         """All graphs that the model can have, by name: encoder, decoder and, where it is clickable, the click graphs."""
         from pocketsam.click_specs import click_graphs
 
-        found = (self.encoder_graph(), self.decoder_graph(slots), *(click_graphs(self) if self.clickable else ()))
-        return {g.name: g for g in found}
+        return {g.name: g for g in (self.encoder_graph(), self.decoder_graph(slots), *click_graphs(self))}
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
