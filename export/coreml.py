@@ -149,7 +149,7 @@ def _raw(operation: Any, known: dict[int, bool]) -> bool:
     return known[id(operation)]
 
 
-def _leads_to(operation: Any, ends: set[str], passes: bool) -> bool:
+def _leads_to(operation: Any, ends: frozenset[str], passes: bool) -> bool:
     """Some path of logit arithmetic from this operator's results to one of ``ends``."""
     if not passes:
         return False

@@ -200,11 +200,11 @@ def _prove(bundle: Bundle, checkpoint: Path, image_size: int | None, exporters: 
                     continue
                 measured = measure(reference, candidate, images).summary()
                 if not measured["all"]["mean"] >= limit:
-                    what = "clicks in" if part is clicks else ""
+                    what = "the click graphs of " if part is clicks else ""
                     raise ParityError(
-                        f"{what} {exporter.name} {precision} agrees with PyTorch by a mean mask IoU of "
+                        f"{what}{exporter.name} {precision} agrees with PyTorch by a mean mask IoU of "
                         f"{measured['all']['mean']:.4f} (worst {measured['all']['worst']:.4f}), below the gate of "
-                        f"{limit}; nothing was written.".strip())
+                        f"{limit}; nothing was written.")
                 for i in part:
                     rows[i] = replace(rows[i], measured={"runtime": exporter.runtime, "gate": limit, **measured})
     return replace(bundle, artifacts=tuple(rows))

@@ -35,10 +35,12 @@ from pocketsam.models.click_factors import (
     joined,
     keep,
     matrix,
+    second_upscaling,
     softmax_over_tokens,
     to_heads,
     to_rows,
 )
+from pocketsam.models.layers import LayerNorm2d
 from pocketsam.models.mask_decoder import Attention, TwoWayBlock
 from pocketsam.models.prompt_encoder import PADDING_POINT
 from pocketsam.models.sam import SegmentAnything
@@ -57,6 +59,16 @@ class ClickImage(nn.Module):
     models with skip features ``skip_1`` (N, 4 C1) and ``skip_0`` (16 N, C0) in the order of the upscaling, the
     constants of both upscalings added.
     """
+
+    raw: Tensor
+    raw_bias: Tensor
+    first: Tensor
+    second: Tensor
+    offset: Tensor
+    gain: Tensor
+    carried: Tensor
+    skip_bias_1: Tensor
+    skip_bias_0: Tensor
 
     def __init__(self, model: SegmentAnything) -> None:
         super().__init__()
@@ -80,7 +92,7 @@ class ClickImage(nn.Module):
              carried=2 / c * f.carried[:, None], skip_bias_1=f.b_up)
         self.high_res = decoder.high_res
         if self.high_res:
-            keep(self, skip_bias_0=double(decoder.output_upscaling[3].bias))
+            keep(self, skip_bias_0=double(second_upscaling(decoder).bias))
 
     def forward(self, image: Tensor, *skips: Tensor) -> tuple[Tensor, ...]:
         _, c, h, w = image.shape
@@ -92,7 +104,7 @@ class ClickImage(nn.Module):
         x1, k2, q2, v2 = (now @ self.first).chunk(4, 1)
         d = k1.shape[1]
         rest = after @ self.second
-        y1, y2, k3, v3, fine = rest.split([d, d, d, d, rest.shape[1] - 4 * d], 1)
+        y1, y2, k3, v3, fine = torch.split(rest, [d, d, d, d, rest.shape[1] - 4 * d], 1)
         columns = torch.cat([k1, q1, x1, k2, q2, y1, y2, k3], 1).transpose(0, 1)
         values = torch.cat([v1, v2, v3], 1).reshape(n, VALUES * self.heads, -1).transpose(0, 1)
         squares = [(x * x).mean(1, keepdim=True) for x in (now, after)]
@@ -106,6 +118,11 @@ class ClickImage(nn.Module):
 
 class LastAttention(nn.Module):
     """The last attention from tokens to an image in factors, for the tokens that are asked for."""
+
+    w_k: Tensor
+    w_v: Tensor
+    const: Tensor
+    b_v: Tensor
 
     def __init__(self, model: SegmentAnything, f: Folded) -> None:
         super().__init__()
@@ -144,6 +161,20 @@ class ClickScores(nn.Module):
     r2 r1. Predicted IoU is what the model's head says, usually 0 to 1.
     """
 
+    own: Tensor
+    padding: Tensor
+    click: Tensor
+    w_out1: Tensor
+    w_out1_next: Tensor
+    w_out2: Tensor
+    carried: Tensor
+    w_k: Tensor
+    w_q: Tensor
+    w_v: Tensor
+    b_v: Tensor
+    k_const: Tensor
+    q_const: Tensor
+
     def __init__(self, model: SegmentAnything) -> None:
         super().__init__()
         decoder, prompts = model.mask_decoder, model.prompt_encoder
@@ -155,10 +186,12 @@ class ClickScores(nn.Module):
         self.iou_index = int(decoder.style.object_score)
         self.pe_layer, self.image_size = prompts.pe_layer, prompts.image_size
         padding = prompts.points(torch.full((1, 1, 2), -1.0), torch.full((1, 1), float(PADDING_POINT)))[0]
+        click = prompts.point_embeddings[str(FOREGROUND)]
+        assert isinstance(click, nn.Embedding)
         read, write = f.second.cross_attn_token_to_image, f.second.cross_attn_image_to_token
         pe = double(prompts.dense_pe()[0]) + f.b1
         keep(self, own=double(decoder.own_tokens()), padding=double(padding),
-             click=double(prompts.point_embeddings[str(FOREGROUND)].weight),
+             click=double(click.weight),
              w_out1=by_head(f.w_out1, f.heads), w_out1_next=by_head(f.w_out1_next, f.heads),
              w_out2=by_head(f.w_out2, f.heads), carried=f.carried / f.heads,
              w_k=by_head((f.g1[:, None] * matrix(read.k_proj)).T, f.heads),
@@ -178,7 +211,8 @@ class ClickScores(nn.Module):
     def queries(self, attention: Attention, tokens: Tensor) -> Tensor:
         """(B, T, C) -> scaled (H, B T, d)."""
         q = to_heads(attention.q_proj(tokens), self.heads)
-        return q * q.shape[-1] ** -0.5
+        scale: float = q.shape[-1] ** -0.5
+        return q * scale
 
     def update(self, block: TwoWayBlock, tokens: Tensor, read: Tensor) -> Tensor:
         """What tokens read from the image, (B, T, D), and the MLP."""
@@ -196,7 +230,8 @@ class ClickScores(nn.Module):
         b, n = r1.shape[0], r1.shape[2]
         near = (q @ shared).reshape(self.heads, b, -1, n) * r1 + (q @ const).reshape(self.heads, b, -1, n)
         far = (to_rows(q @ weight, b) @ m.transpose(1, 2)) @ p1
-        return near.transpose(0, 1).reshape(b, -1, n) + far
+        y: Tensor = near.transpose(0, 1).reshape(b, -1, n) + far
+        return y
 
     def forward(self, columns: Tensor, values: Tensor, norms: Tensor, coords: Tensor) -> tuple[Tensor, ...]:
         k1, q1, x1, k2, q2, y1, y2, _ = columns.chunk(COLUMNS)
@@ -248,12 +283,19 @@ class ClickMasks(nn.Module):
     -> ``low_res_masks`` (B, 3, 4h, 4w), tokens 1 to 3.
     """
 
+    w_up: Tensor
+    b_up: Tensor
+    w_up2: Tensor
+    b_up2: Tensor
+
     def __init__(self, model: SegmentAnything) -> None:
         super().__init__()
         decoder = model.mask_decoder
         f = Folded(decoder)
         self.side = model.spec.embed_size
-        _, self.norm, self.act1, up2, self.act2 = decoder.output_upscaling
+        _, norm, self.act1, _, self.act2 = decoder.output_upscaling
+        assert isinstance(norm, LayerNorm2d)
+        self.norm, up2 = norm, second_upscaling(decoder)
         keep(self, w_up=f.w_up, b_up=f.b_up, w_up2=as_matrix(up2).double(), b_up2=double(up2.bias).repeat(4))
 
     def forward(self, fine: Tensor, *rest: Tensor) -> Tensor:

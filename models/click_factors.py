@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from pocketsam.models.mask_decoder import MaskDecoder, TwoWayBlock
@@ -36,7 +35,16 @@ class Folded:
         self.b_up = self.b2 @ as_matrix(up).double() + double(up.bias).repeat(4)
 
 
-def double(x: Tensor) -> Tensor:
+def second_upscaling(decoder: MaskDecoder) -> nn.ConvTranspose2d:
+    """The second transposed convolution, which has a bias."""
+    up = decoder.output_upscaling[3]
+    assert isinstance(up, nn.ConvTranspose2d)
+    return up
+
+
+def double(x: Tensor | None) -> Tensor:
+    """Detached, in double precision."""
+    assert x is not None
     return x.detach().double()
 
 
@@ -85,7 +93,7 @@ def from_rows(x: Tensor, heads: int) -> Tensor:
 
 
 def softmax_over_tokens(x: Tensor) -> Tensor:
-    """Softmax over axis 1 of (B, T, N), spelled out: engines transpose for an inner axis, which costs three times it."""
+    """Softmax over axis 1 of (B, T, N), spelled out: for an inner axis engines transpose, at three times the cost."""
     e = (x - x.amax(1, keepdim=True)).exp()
     return e / e.sum(1, keepdim=True)
 

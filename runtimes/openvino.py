@@ -42,7 +42,7 @@ class OpenVinoRuntime:
         self._batched("decoder", 1)
         self.clicks = bundle.has_clicks(FORMAT, precision)
         self.click_workers = threads or os.cpu_count() or 1
-        streams = {**settings(self.click_workers), "NUM_STREAMS": self.click_workers, "CACHE_DIR": self._config["CACHE_DIR"]}
+        streams = {**self._config, **settings(self.click_workers), "NUM_STREAMS": self.click_workers}
         self._clicks = functools.cache(lambda name: self._compile(self._read(bundle, precision, graphs[name]), streams))
         self._info = {"runtime": "openvino", "version": ov.get_version(), "precision": precision, "threads": threads,
                       "inference_precision": INFERENCE_PRECISION, "weights_sha256": bundle.weights_sha256}

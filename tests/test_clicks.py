@@ -17,7 +17,6 @@ from pocketsam.bundle import MANIFEST
 from pocketsam.clicks import PointDecoder, has_click_graphs
 from pocketsam.everything import Settings, default_settings, segment_everything
 from pocketsam.geometry import Bools
-from pocketsam.grids import point_grid
 from pocketsam.images import load_rgb
 from pocketsam.models.catalog import SPECS
 from pocketsam.parity import compare_clicks, mask_iou

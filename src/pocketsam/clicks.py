@@ -137,7 +137,9 @@ class _Waiting:
 
     def __init__(self, graph: GraphSpec) -> None:
         self._tensors = [t for t in graph.inputs if t.name in FACTORS]
-        self.clear()
+        self.factors: Tensors = {}
+        self._points: list[int] = []
+        self._scores: list[Floats] = []
 
     @property
     def count(self) -> int:
@@ -145,7 +147,8 @@ class _Waiting:
 
     def add(self, point: int, scores: Floats, out: Tensors, row: int) -> bool:
         """Take one row of the score graph's outputs; True when the batch is full."""
-        if not self.factors:
+        if not self.count:
+            # New arrays, because the last batch may still be running.
             self.factors = {t.name: np.zeros(t.concrete(BATCH), np.float32) for t in self._tensors}
         for name, values in self.factors.items():
             values[self.count] = out[name][row]
@@ -155,8 +158,6 @@ class _Waiting:
 
     def clear(self) -> tuple[NDArray[np.int64], Floats]:
         """Begin a new batch; indices and scores of the one that was gathered."""
-        gathered = (self._points, self._scores) if hasattr(self, "_points") else ([], [])
-        self.factors: Tensors = {}
-        self._points: list[int] = []
-        self._scores: list[Floats] = []
-        return np.array(gathered[0], np.int64), np.array(gathered[1], np.float32)
+        points, scores = np.array(self._points, np.int64), np.array(self._scores, np.float32)
+        self._points, self._scores = [], []
+        return points, scores

@@ -22,7 +22,7 @@ from pocketsam.resampling import Floats
 
 GATES = {"fp32": 0.999, "fp16": 0.995, "int8": 0.97}
 PROMPTS_PER_IMAGE = 8
-CLICK_SIDE = 4
+CLICK_SIDE = 3
 
 
 @dataclass

@@ -202,7 +202,7 @@ class ModelSpec:
         return self.hq_channels == 0 and self.padding != "fill"
 
     def graphs(self, slots: int = DEFAULT_SLOTS) -> dict[str, GraphSpec]:
-        """All graphs that the model can have, by name: encoder, decoder and, where it is clickable, the click graphs."""
+        """All graphs that the model can have, by name: encoder, decoder and, if it is clickable, the click graphs."""
         from pocketsam.click_specs import click_graphs
 
         return {g.name: g for g in (self.encoder_graph(), self.decoder_graph(slots), *click_graphs(self))}
