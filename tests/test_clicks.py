@@ -14,6 +14,7 @@ import pytest
 import pocketsam
 from pocketsam import registry
 from pocketsam.bundle import MANIFEST
+from pocketsam.click_specs import BATCH
 from pocketsam.clicks import PointDecoder, has_click_graphs
 from pocketsam.everything import Settings, default_settings, segment_everything
 from pocketsam.geometry import Bools
@@ -45,7 +46,7 @@ def test_shapes_follow_the_contract(family_checkpoint: Callable[[str], Path]) ->
     for model in ("toy_sam", "toy_sam2"):
         sam = pocketsam.load(model, checkpoint=family_checkpoint(model), runtime="pytorch")
         known = dict(sam.embed(photo_paths()[1]).features)
-        known["point_coords"] = np.linspace(0, 127, 32, dtype=np.float32).reshape(16, 1, 2)
+        known["point_coords"] = np.linspace(0, 127, 2 * BATCH, dtype=np.float32).reshape(BATCH, 1, 2)
         for name in CLICK_GRAPHS:
             graph = sam.spec.graphs()[name]
             known |= sam.runtime.click(name, {n: known[n] for n in graph.input_names})

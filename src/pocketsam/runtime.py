@@ -39,7 +39,7 @@ class Runtime(Protocol):
         ...
 
     def click(self, graph: str, inputs: Tensors) -> Tensors:
-        """Run ``click_image``, ``click_scores`` or ``click_masks``; prompts come sixteen at a time."""
+        """Run ``click_image``, ``click_scores`` or ``click_masks``; prompts come ``click_specs.BATCH`` at a time."""
         ...
 
     def info(self) -> dict[str, Any]:
