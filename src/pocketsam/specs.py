@@ -199,7 +199,7 @@ class ModelSpec:
     @property
     def clickable(self) -> bool:
         """Whether the decoder has a form for many clicks: SAM's or SAM 2's own, not HQ's or EfficientSAM's."""
-        return self.hq_channels == 0 and self.padding != "fill"
+        return self.hq_channels == 0 and self.padding != "fill" and self.embed_dim % 16 == 0
 
     def graphs(self, slots: int = DEFAULT_SLOTS) -> dict[str, GraphSpec]:
         """All graphs that the model can have, by name: encoder, decoder and, if it is clickable, the click graphs."""
