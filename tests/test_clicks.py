@@ -26,7 +26,7 @@ from pocketsam.predictor import Predictor
 from pocketsam.specs import CLICK_GRAPHS
 
 # Random networks: thresholds under which several of their meaningless masks remain.
-NETWORK = Settings(points_per_side=5, pred_iou=0, stability=0.3, stability_offset=0.002, nms=0.98)
+NETWORK = Settings(points_per_side=5, pred_iou=0, stability=0.3, stability_offset=0.002, nms=1.0)
 BACKENDS = [(r, p) for r, f in registry.RUNTIME_FORMATS.items() for p in registry.load("format", f).precisions]
 
 
