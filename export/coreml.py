@@ -20,16 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from pocketsam.batching import ENTRY_BATCHES
-from pocketsam.export.graphs import DecoderGraph, EncoderGraph, example_inputs
+from pocketsam.export.graphs import EncoderGraph, Graph, example_inputs
 from pocketsam.specs import GraphSpec
 
 # Layers with weights: what stands between a graph input and the first of them handles raw pixels and coordinates.
 WEIGHTED = frozenset({"conv", "conv_transpose", "linear", "matmul"})
 # What may stand between the product that makes attention logits and its softmax.
 LOGIT_PATH = frozenset({"add", "sub", "mul", "real_div", "reshape", "transpose", "expand_dims", "squeeze",
-                        "slice_by_index", "concat", "cast"})
+                        "slice_by_index", "concat", "cast", "reduce_sum"})
 # Squares of activations above 255 leave the range of fp16 inside a layer norm.
-ALWAYS_FP32 = frozenset({"layer_norm", "softmax", "sin", "cos"})
+ALWAYS_FP32 = frozenset({"layer_norm", "softmax", "sin", "cos", "exp", "rsqrt"})
 
 
 class CoreMlExporter:
@@ -51,10 +51,11 @@ class CoreMlExporter:
         return {"torch": torch.__version__, "coremltools": str(coremltools().__version__)}
 
     @staticmethod
-    def export(graph: EncoderGraph | DecoderGraph, spec: GraphSpec, precision: str, path: Path) -> None:
+    def export(graph: Graph, spec: GraphSpec, precision: str, path: Path) -> None:
         """Convert one graph and write its package."""
-        if isinstance(graph, EncoderGraph):
-            convert(PlanarImage(graph).eval(), spec, precision, 1).save(str(path))
+        if not spec.batched:
+            module = PlanarImage(graph).eval() if isinstance(graph, EncoderGraph) else graph
+            convert(module, spec, precision, 1).save(str(path))
             # A debugging map that coremltools leaves beside the model; Core ML does not read it.
             (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
             return
@@ -130,12 +131,13 @@ def fits_fp16(operation: Any) -> bool:
 
     Kept in fp32: layer norms and softmax; the products that make attention logits and all up to the softmax (they
     overflow in TinyViT); raw pixels, coordinates and labels up to the first layer (fp16 steps by half a pixel above
-    512); and what leads to a sine or cosine, whose argument spans many periods.
+    512); what leads to a sine or cosine, whose argument spans many periods; and the same for the spelled-out softmax
+    (``exp``) and layer norm (``rsqrt``) of the click graphs.
     """
     kind = operation.op_type
     if kind in ALWAYS_FP32 or _raw(operation, {}):
         return False
-    return not _leads_to(operation, {"softmax", "sin", "cos"}, passes=kind in LOGIT_PATH | WEIGHTED)
+    return not _leads_to(operation, ALWAYS_FP32 - {"layer_norm"}, passes=kind in LOGIT_PATH | WEIGHTED)
 
 
 def _raw(operation: Any, known: dict[int, bool]) -> bool:
@@ -147,7 +149,7 @@ def _raw(operation: Any, known: dict[int, bool]) -> bool:
     return known[id(operation)]
 
 
-def _leads_to(operation: Any, ends: set[str], passes: bool) -> bool:
+def _leads_to(operation: Any, ends: frozenset[str], passes: bool) -> bool:
     """Some path of logit arithmetic from this operator's results to one of ``ends``."""
     if not passes:
         return False

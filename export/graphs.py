@@ -1,10 +1,11 @@
-"""The two graphs of the contract, as torch modules that every converter takes."""
+"""The graphs of the contract, as torch modules that every converter takes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from pocketsam.models.click_decoder import CLICK_MODULES
 from pocketsam.models.sam import SegmentAnything
 from pocketsam.specs import DEFAULT_SLOTS, GraphSpec
 
@@ -56,6 +57,21 @@ class DecoderGraph(nn.Module):
         coords, labels, *mask = inputs[n:]
         mask_input, has_mask_input = mask or (None, None)
         return self.model.decode(features, coords, labels, mask_input, has_mask_input, fixed_slots=True)
+
+
+class ClickGraph(nn.Module):
+    """One of the click graphs, inputs and outputs in the order of its spec."""
+
+    def __init__(self, model: SegmentAnything, name: str) -> None:
+        super().__init__()
+        self.inner = CLICK_MODULES[name](model)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        out = self.inner(*inputs)
+        return out if isinstance(out, tuple) else (out,)
+
+
+Graph = EncoderGraph | DecoderGraph | ClickGraph
 
 
 def example_inputs(spec: GraphSpec, batch: int) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketsam.batching import ENTRY_BATCHES
-from pocketsam.export.graphs import DecoderGraph, EncoderGraph, example_inputs
+from pocketsam.export.graphs import Graph, example_inputs
 from pocketsam.specs import GraphSpec
 
 
@@ -39,7 +39,7 @@ class LiteRtExporter:
         return {p: metadata.version(p) for p in ("torch", "litert-torch", "litert-converter", "ai-edge-quantizer")}
 
     @staticmethod
-    def export(graph: EncoderGraph | DecoderGraph, spec: GraphSpec, precision: str, path: Path) -> None:
+    def export(graph: Graph, spec: GraphSpec, precision: str, path: Path) -> None:
         """Convert one graph and write it."""
         with _quiet(), torch.no_grad():
             if precision == "fp32":
@@ -54,21 +54,22 @@ class LiteRtExporter:
                 _half_weights(full, path)
 
 
-def _convert(graph: EncoderGraph | DecoderGraph, spec: GraphSpec, path: Path) -> None:
+def _convert(graph: Graph, spec: GraphSpec, path: Path) -> None:
     """Write the fp32 file, one signature a prompt batch."""
     import litert_torch
 
     named = _Named(graph, spec).eval()
     converter: Any = litert_torch
-    for batch in ENTRY_BATCHES if spec.name == "decoder" else (1,):
+    for batch in ENTRY_BATCHES if spec.batched else (1,):
         inputs = dict(zip(spec.input_names, example_inputs(spec, batch), strict=True))
         converter = converter.signature(signature_name(spec, batch), named, sample_kwargs=inputs)
     converter.convert().export(str(path))
 
 
 def signature_name(spec: GraphSpec, batch: int) -> str:
-    """``encode``, ``decode_1`` or ``decode_16``."""
-    return "encode" if spec.name == "encoder" else f"decode_{batch}"
+    """``encode``, ``decode_1`` or ``decode_16``; or a click graph's own name."""
+    verb = {"encoder": "encode", "decoder": "decode"}.get(spec.name, spec.name)
+    return f"{verb}_{batch}" if spec.batched else verb
 
 
 class _Named(nn.Module):

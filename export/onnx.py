@@ -12,14 +12,14 @@ import onnx
 import onnxscript
 import torch
 
-from pocketsam.export.graphs import DecoderGraph, EncoderGraph, example_inputs
+from pocketsam.export.graphs import Graph, example_inputs
 from pocketsam.specs import GraphSpec
 
 OPSET = 20
 
 
 class OnnxExporter:
-    """Writes ``onnx/<graph>.<precision>.onnx``: opset 20, weights inside, symbolic prompt batch in the decoder."""
+    """Writes ``onnx/<graph>.<precision>.onnx``: opset 20, weights inside, symbolic prompt batch where there is one."""
 
     name = "onnx"
     runtime = "onnxruntime"
@@ -33,14 +33,14 @@ class OnnxExporter:
         return {"torch": torch.__version__, "onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
 
     @staticmethod
-    def export(graph: EncoderGraph | DecoderGraph, spec: GraphSpec, precision: str, path: Path) -> None:
+    def export(graph: Graph, spec: GraphSpec, precision: str, path: Path) -> None:
         """Convert one graph and write it."""
         # Two prompts in the example, because a batch of one would be frozen as a constant.
         inputs = example_inputs(spec, batch=2)
         batch = torch.export.Dim("batch", min=1, max=4096)
         shapes = tuple({0: batch} if isinstance(t.shape[0], str) else None for t in spec.inputs)
-        # DecoderGraph takes *inputs, which torch.export sees as one tuple.
-        dynamic = (shapes,) if isinstance(graph, DecoderGraph) else None
+        # Graphs with a batch take *inputs, which torch.export sees as one tuple.
+        dynamic = (shapes,) if spec.batched else None
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 graph, inputs, dynamo=True, opset_version=OPSET, input_names=spec.input_names,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import openvino as ov
 
-from pocketsam.export.graphs import DecoderGraph, EncoderGraph
+from pocketsam.export.graphs import Graph
 from pocketsam.export.onnx import OnnxExporter
 from pocketsam.specs import GraphSpec
 
@@ -33,7 +33,7 @@ class OpenVinoExporter:
         return {**OnnxExporter.tools(), "openvino": ov.get_version()}
 
     @staticmethod
-    def export(graph: EncoderGraph | DecoderGraph, spec: GraphSpec, precision: str, path: Path) -> None:
+    def export(graph: Graph, spec: GraphSpec, precision: str, path: Path) -> None:
         """Convert one graph and write its folder."""
         with tempfile.TemporaryDirectory() as folder:
             # The same export made the ONNX artifact of this graph a moment ago, where both formats are asked for.

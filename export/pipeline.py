@@ -19,16 +19,16 @@ from pocketsam.api import open_bundle
 from pocketsam.bundle import MANIFEST, Artifact, Bundle, read_bundle, to_json
 from pocketsam.errors import BundleError, OutputError, ParityError, UnknownName, UsageError
 from pocketsam.export import rewrites
-from pocketsam.export.graphs import DecoderGraph, EncoderGraph
+from pocketsam.export.graphs import ClickGraph, DecoderGraph, EncoderGraph, Graph
 from pocketsam.files import sha256_file, sha256_path, size_of, staged_folder
 from pocketsam.images import ImageLike, Rgb, load_rgb
 from pocketsam.models.catalog import spec as spec_of
 from pocketsam.models.checkpoints import licence_of
 from pocketsam.models.loading import load_model, weights_sha256
-from pocketsam.parity import GATES, compare
+from pocketsam.parity import GATES, compare, compare_clicks
 from pocketsam.photos import photo_paths
 from pocketsam.predictor import Predictor
-from pocketsam.specs import DEFAULT_SLOTS, GraphSpec, ModelSpec, TensorSpec
+from pocketsam.specs import CLICK_GRAPHS, DEFAULT_SLOTS, GraphSpec, ModelSpec, TensorSpec
 
 Report = Callable[[str], None]
 PARITY_IMAGES = 3
@@ -36,8 +36,8 @@ PARITY_IMAGES = 3
 
 def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], precisions: Sequence[str], out: Path,
                   slots: int = DEFAULT_SLOTS, gate: float | None = None, images: Sequence[ImageLike] | None = None,
-                  image_size: int | None = None, report: Report = lambda text: None, calibration: Path | None = None,
-                  search_seconds: float = 0) -> Bundle:
+                  image_size: int | None = None, clicks: bool = True, report: Report = lambda text: None,
+                  calibration: Path | None = None, search_seconds: float = 0) -> Bundle:
     """Export a model and prove every artifact against the PyTorch reference.
 
     Args:
@@ -50,6 +50,7 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
         image_size: input side instead of the model's own; positional tables are resized once, and the agreement of
             PyTorch at this side with PyTorch at the native one is stored in ``weights["native_agreement"]``.
         images: images to measure on; by default photos that ship with the package.
+        clicks: make the click graphs too, for models that have them.
         report: called with one line per step.
         calibration: for int8: folder or pack of images; by default the photos that ship with the package.
         search_seconds: for int8: how long to look for layers to keep in float when a gate is missed.
@@ -89,10 +90,12 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
                 if precision not in exporter.precisions:
                     report(f"skipping {exporter.name} {precision}: this format has {', '.join(exporter.precisions)}")
                     continue
-                for graph in ("encoder", "decoder"):
+                for graph in spec.graphs(slots):
+                    if graph in CLICK_GRAPHS and not clicks:
+                        continue
                     rows.append(_make(exporter, loaded, graph, precision, slots, sha256, kept, old, staging, report))
         rows += _carry_over(kept, rows, old, staging, recipes)
-        module = _modules(loaded, slots) if recipes else None
+        floats = loaded if recipes else None
         del loaded
         gc.collect()
         bundle = Bundle(staging, spec, slots, weights, tools, tuple(rows))
@@ -100,6 +103,10 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
                         report)
         if recipes:
             reference = registry.load("runtime", "pytorch").from_checkpoint(model, checkpoint, image_size=image_size)
+            def module(graph: str, format_: str) -> Graph:
+                """What an exporter converts."""
+                return _module(registry.load("format", format_), floats, graph, slots)
+
             bundle = _quantize(bundle, reference, exporters, recipes, module, gate, rgbs, images_to_calibrate,
                                search_seconds, kept, old, report)
             bundle = _without_unasked(bundle, asked, kept)
@@ -147,11 +154,8 @@ def _existing(out: Path) -> Bundle | None:
 
 def _make(exporter: Any, model: Any, graph: str, precision: str, slots: int, sha256: str, kept: list[Artifact],
           old: Bundle | None, staging: Path, report: Report) -> Artifact:
-    prepared = rewrites.with_absorbed_decoder(model) if graph == "decoder" and exporter.absorb else model
-    module: EncoderGraph | DecoderGraph = (
-        EncoderGraph(prepared) if graph == "encoder" else DecoderGraph(prepared, slots)).eval()
     spec: ModelSpec = model.spec
-    graph_spec = spec.encoder_graph() if graph == "encoder" else spec.decoder_graph(slots)
+    graph_spec = spec.graphs(slots)[graph]
     relative = f"{exporter.name}/{graph}.{precision}.{exporter.extension}"
     path = staging / relative
     path.parent.mkdir(exist_ok=True)
@@ -161,9 +165,17 @@ def _make(exporter: Any, model: Any, graph: str, precision: str, slots: int, sha
         report(f"kept {relative}")
         return same
     report(f"exporting {relative}")
-    exporter.export(module, graph_spec, precision, path)
+    exporter.export(_module(exporter, model, graph, slots), graph_spec, precision, path)
     return Artifact(relative, graph, exporter.name, precision, sha256_path(path), size_of(path),
                     _rows(graph_spec.inputs), _rows(graph_spec.outputs), key)
+
+
+def _module(exporter: Any, model: Any, graph: str, slots: int) -> Graph:
+    if graph == "encoder":
+        return EncoderGraph(model).eval()
+    if graph == "decoder":
+        return DecoderGraph(rewrites.with_absorbed_decoder(model) if exporter.absorb else model, slots).eval()
+    return ClickGraph(model, graph).eval().requires_grad_(False)
 
 
 def _copy(old: Bundle, row: Artifact, path: Path) -> bool:
@@ -191,16 +203,6 @@ def _carry_over(kept: list[Artifact], rows: list[Artifact], old: Bundle | None, 
         if old is not None and wanted and ((staging / a.path).exists() or _copy(old, a, staging / a.path)):
             out.append(a)
     return out
-
-
-def _modules(model: Any, slots: int) -> Callable[[str, str], Any]:
-    """(graph, format) -> the torch module that an exporter converts."""
-    def make(graph: str, format_: str) -> Any:
-        absorb = graph == "decoder" and registry.load("format", format_).absorb
-        prepared = rewrites.with_absorbed_decoder(model) if absorb else model
-        return (EncoderGraph(prepared) if graph == "encoder" else DecoderGraph(prepared, slots)).eval()
-
-    return make
 
 
 def _quantize(bundle: Bundle, reference: Any, exporters: Sequence[Any], recipes: Sequence[str], module: Any,
@@ -247,20 +249,25 @@ def _prove(bundle: Bundle, checkpoint: Path, image_size: int | None, exporters: 
     rows = list(bundle.artifacts)
     for exporter in exporters:
         for precision in precisions:
-            pair = [i for i, a in enumerate(rows) if (a.format, a.precision) == (exporter.name, precision)]
-            if not pair or all(rows[i].measured for i in pair):
+            made = [i for i, a in enumerate(rows) if (a.format, a.precision) == (exporter.name, precision)]
+            if not made or all(rows[i].measured for i in made):
                 continue
             report(f"measuring {exporter.name} {precision} on {len(images)} images")
             candidate = Predictor(open_bundle(bundle, exporter.runtime, precision))
-            measured = compare(reference, candidate, images).summary()
             limit = GATES[precision] if gate is None else gate
-            if not measured["all"]["mean"] >= limit:
-                raise ParityError(
-                    f"{exporter.name} {precision} agrees with PyTorch by a mean mask IoU of "
-                    f"{measured['all']['mean']:.4f} (worst {measured['all']['worst']:.4f}), below the gate of {limit}; "
-                    "nothing was written.")
-            for i in pair:
-                rows[i] = replace(rows[i], measured={"runtime": exporter.runtime, "gate": limit, **measured})
+            clicks = [i for i in made if rows[i].graph in CLICK_GRAPHS]
+            for part, measure in (([i for i in made if i not in clicks], compare), (clicks, compare_clicks)):
+                if not part:
+                    continue
+                measured = measure(reference, candidate, images).summary()
+                if not measured["all"]["mean"] >= limit:
+                    what = "the click graphs of " if part is clicks else ""
+                    raise ParityError(
+                        f"{what}{exporter.name} {precision} agrees with PyTorch by a mean mask IoU of "
+                        f"{measured['all']['mean']:.4f} (worst {measured['all']['worst']:.4f}), below the gate of "
+                        f"{limit}; nothing was written.")
+                for i in part:
+                    rows[i] = replace(rows[i], measured={"runtime": exporter.runtime, "gate": limit, **measured})
     return replace(bundle, artifacts=tuple(rows))
 
 

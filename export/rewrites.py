@@ -26,6 +26,7 @@ from pocketsam.models.sam_vit import SamVit
 from pocketsam.models.tiny_vit import Attention as WindowAttention
 from pocketsam.models.tiny_vit import ConvBn
 from pocketsam.models.tiny_vit import Mlp as TinyMlp
+from pocketsam.models.upscaling import as_matrix, blocked, unblocked
 
 
 @torch.no_grad()
@@ -287,8 +288,8 @@ class MatmulUpscale(nn.Module):
         assert isinstance(up2, nn.ConvTranspose2d)
         assert up1.bias is not None
         assert up2.bias is not None
-        self.register_buffer("w1", self._as_matrix(up1))
-        self.register_buffer("w2", self._as_matrix(up2))
+        self.register_buffer("w1", as_matrix(up1))
+        self.register_buffer("w2", as_matrix(up2))
         # Tiled, so that product and bias stay one Gemm.
         self.register_buffer("b1", up1.bias.detach().repeat(4))
         self.register_buffer("b2", up2.bias.detach().repeat(4))
@@ -303,12 +304,6 @@ class MatmulUpscale(nn.Module):
             return nn.functional.layer_norm(x, x.shape[1:], None, None, norm.eps) * norm.weight + norm.bias
         return nn.functional.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
 
-    @staticmethod
-    def _as_matrix(conv: nn.ConvTranspose2d) -> Tensor:
-        """(Cin, Cout, 2, 2) -> (Cin, 4 * Cout), row-major over ky, kx, Cout."""
-        weight = conv.weight.detach()
-        return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
-
     def forward(self, keys: Tensor, hyper: Tensor, h: int, w: int, high_res: list[Tensor]) -> Tensor:
         """Image tokens (B, h * w, C), hyper (B, 4, C / 8) and skip features or none -> masks (B, 4, 4h, 4w)."""
         b, n, _ = keys.shape
@@ -321,24 +316,5 @@ class MatmulUpscale(nn.Module):
         if high_res:
             x = x + blocked(high_res[0], h, w, 2)
         x = self.act2(x)
-        m = hyper.shape[1]
         masks: Tensor = hyper @ x.transpose(1, 2)
-        # Memory order is (Y, X, ky1, kx1, ky2, kx2); two 4-D transpositions make it rows and columns.
-        masks = masks.reshape(b * m * h, w, 2, 8).transpose(1, 2)
-        masks = masks.reshape(b * m * h * 2, w * 2, 2, 2).transpose(1, 2)
-        return masks.reshape(b, m, 4 * h, 4 * w)
-
-
-def blocked(feature: Tensor, h: int, w: int, levels: int) -> Tensor:
-    """Skip feature (B, C, h * 2^levels, w * 2^levels) -> (B, h * w * 4^levels, C) in the order of MatmulUpscale.
-
-    Every level moves one bit of row and column inside: [.. y, ky, x, kx, rest] -> [.. y, x, ky, kx, rest].
-    """
-    b, c, _, _ = feature.shape
-    x = feature.permute(0, 2, 3, 1)
-    inner = c
-    for level in reversed(range(levels)):
-        rows, cols = b * (h << level), w << level
-        x = x.reshape(rows, 2, cols, 2 * inner).transpose(1, 2)
-        inner *= 4
-    return x.reshape(b, h * w * 4**levels, c)
+        return unblocked(masks, h, w)

@@ -32,6 +32,7 @@ class Remembered:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.spec, self.slots = runtime.spec, runtime.slots
+        self.clicks, self.click_workers = runtime.clicks, runtime.click_workers
         self._known: dict[str, dict[str, Any]] = {}
 
     def encode(self, image: Rgb, frame: Frame) -> Features:
@@ -39,6 +40,9 @@ class Remembered:
 
     def decode(self, features: Features, prompts: Tensors) -> Tensors:
         return self._once({**features, **prompts}, lambda: self.runtime.decode(features, prompts))
+
+    def click(self, graph: str, inputs: Tensors) -> Tensors:
+        return self.runtime.click(graph, inputs)
 
     def info(self) -> dict[str, Any]:
         return self.runtime.info()
@@ -53,14 +57,6 @@ class Remembered:
             self._known[key] = call()
         # The caller may write into arrays; what is remembered must stay as it was.
         return {k: v.copy() for k, v in self._known[key].items()}
-
-
-class Mixed:
-    """The encoder of one runtime with the decoder of another: what an encoder alone costs in masks."""
-
-    def __init__(self, encoder: Runtime, decoder: Runtime) -> None:
-        self.spec, self.slots = decoder.spec, decoder.slots
-        self.encode, self.decode, self.info = encoder.encode, decoder.decode, decoder.info
 
 
 def agreement(reference: Runtime, candidate: Runtime, images: Sequence[Rgb], seed: int = 0) -> Agreement:

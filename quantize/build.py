@@ -26,6 +26,7 @@ from pocketsam.quantize.grid import Grid
 from pocketsam.quantize.recipes import Job, check
 from pocketsam.quantize.search import Search
 from pocketsam.runtime import Runtime
+from pocketsam.specs import CLICK_GRAPHS
 
 THREADS = 2
 # Decoder tensors of a batch are large; a few images with five kinds of prompt each show their ranges.
@@ -137,17 +138,19 @@ class _Pair:
     def make(self) -> list[Artifact]:
         old = [a for a in self.stage.kept if (a.format, a.precision) == (self.format, self.recipe)]
         key = self._key()
-        if len(old) == 2 and all(a.key == key for a in old) and all(self.stage.copy(a) for a in old):
+        complete = {a.graph for a in old} >= {"encoder", "decoder"} and all(a.key == key for a in old)
+        if complete and all(self.stage.copy(a) for a in old):
             self.stage.report(f"kept {self.format} {self.recipe}")
             return old
         decoder = replace(self.bundle.find(self.format, "fp32", "decoder"), precision=self.recipe, key=key)
         encoder, found = self._encoder(key, decoder)
         ratios = {"encoder": self._ratio("encoder", encoder, decoder), "decoder": None}
-        decoder, reason, ratios["decoder"], measured = self._decoder(encoder, decoder, key, found.measured)
+        decoder, reason, tried, measured = self._decoder(encoder, decoder, key, found.measured)
+        ratios["decoder"] = None if reason else tried
         common = {"recipe": self.recipe, "calibration": self.stage.calibration.to_json(), "threads": THREADS,
                   "cpu": machine()["cpu"], "features": machine()["features"]}
         rows = []
-        for row, extra in ((encoder, found.to_json()), (decoder, {"kept_in_float": reason})):
+        for row, extra in ((encoder, found.to_json()), (decoder, {"kept_in_float": reason, "tried": tried})):
             ratio = ratios[row.graph]
             fp32 = self.bundle.find(self.format, "fp32", row.graph)
             details = {**common, **extra, "size_ratio": round(fp32.bytes / row.bytes, 2), "time_ratio": ratio,
@@ -156,7 +159,11 @@ class _Pair:
                                 quantization=details))
             if slower(ratio):
                 self.stage.report(f"{row.path} is slower than fp32 here ({ratio} x); auto will not choose it")
-        return rows
+        # The click graphs are the decoder in another form; like it they stay in float.
+        clicks = [a for a in self.bundle.artifacts if (a.format, a.precision) == (self.format, "fp32")
+                  and a.graph in CLICK_GRAPHS]
+        return rows + [replace(a, precision=self.recipe, key=key, quantization={"kept_in_float": "click graph"})
+                       for a in clicks]
 
     def _encoder(self, key: str, decoder: Artifact) -> tuple[Artifact, Any]:
         self.stage.report(f"quantizing {self.format} encoder, {self.recipe}")
@@ -172,7 +179,8 @@ class _Pair:
             return agreement(self.reference, self._open(row, decoder), images).summary()
 
         trials = self.stage.calibration.images[:SEARCH_IMAGES]
-        search = Search(lambda: tool.layers()[1:], measure, self.stage.images, trials, self.gate, self.stage.seconds, f"{key}-{self.format}", self.stage.report,
+        search = Search(lambda: tool.layers()[1:], measure, self.stage.images, trials, self.gate, self.stage.seconds,
+                        f"{key}-{self.format}", self.stage.report,
                         lambda: self._ratio("encoder", self._row("encoder", path, key), decoder))
         found = search.run()
         if not found.measured["all"]["mean"] >= self.gate:
@@ -184,7 +192,9 @@ class _Pair:
 
     def _decoder(self, encoder: Artifact, fp32: Artifact, key: str,
                  measured: dict[str, Any]) -> tuple[Artifact, str, float | None, dict[str, Any]]:
-        """The int8 decoder if it passes the gate and is not slower, else the fp32 file, and why."""
+        """The int8 decoder if it passes the gate and is not slower, else the fp32 file, and why; the int8 form's time
+        ratio where it was measured, and the agreement of the pair.
+        """
         path = self._path("decoder")
         try:
             tool = self.quantizer(self._job("decoder"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -69,6 +70,17 @@ class CoreMlRuntime:
         self._decoders = dict(zip(ENTRY_BATCHES, decoders, strict=True))
         for program, graph in [(self._encoder, encoder), *((d, decoder) for d in decoders)]:
             _check(program, graph)
+        self.clicks = bundle.has_clicks(FORMAT, precision)
+        self.click_workers = 1
+
+        @functools.cache
+        def click(name: str) -> Program:
+            graph = self.spec.graphs()[name]
+            (program,) = open_all(_path(bundle, precision, graph), [None], unit, threads)
+            _check(program, graph)
+            return program
+
+        self._click = click
 
     @classmethod
     def open(cls, bundle: Bundle, precision: str = "fp32", threads: int | None = None,
@@ -92,6 +104,9 @@ class CoreMlRuntime:
 
     def decode(self, features: Features, prompts: Tensors) -> Tensors:
         return decode_padded(prompts, lambda size, padded: self._decoders[size].run({**features, **padded}))
+
+    def click(self, graph: str, inputs: Tensors) -> Tensors:
+        return self._click(graph).run(inputs)
 
     def info(self) -> dict[str, Any]:
         return dict(self._info)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import threading
 from collections import Counter
 from importlib import metadata
@@ -45,6 +47,11 @@ class LiteRtRuntime:
         self._decoder = _interpreter(bundle.file(bundle.find(FORMAT, precision, "decoder")), threads)
         self._encode = _runner(self._encoder, "encode", encoder)
         self._decode = {n: _runner(self._decoder, f"decode_{n}", decoder) for n in ENTRY_BATCHES}
+        self.clicks = bundle.has_clicks(FORMAT, precision)
+        self.click_workers = threads or os.cpu_count() or 1
+        self._click_path = functools.cache(lambda name: bundle.file(bundle.find(FORMAT, precision, name)))
+        # Interpreters of a click graph that nobody uses at the moment.
+        self._idle: dict[str, list[Any]] = {}
         self._info = {"runtime": "litert", "version": metadata.version(ENGINE), "engine": ENGINE,
                       "precision": precision, "threads": threads, "weights_sha256": bundle.weights_sha256}
 
@@ -67,6 +74,16 @@ class LiteRtRuntime:
 
         with self._lock:
             return decode_padded(prompts, run)
+
+    def click(self, graph: str, inputs: Tensors) -> Tensors:
+        spec = self.spec.graphs()[graph]
+        with self._lock:
+            idle = self._idle.setdefault(graph, [])
+            interpreter = idle.pop() if idle else _interpreter(self._click_path(graph), 1)
+        out = dict(_runner(interpreter, graph, spec)(**inputs))
+        with self._lock:
+            idle.append(interpreter)
+        return out
 
     def info(self) -> dict[str, Any]:
         return {**self._info, "fallback_ops": self.fallback_ops()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,10 @@ class OnnxRuntime:
         self.slots = bundle.slots
         self._encoder = self._session(bundle, precision, threads, self.spec.encoder_graph())
         self._decoder = self._session(bundle, precision, threads, self.spec.decoder_graph(self.slots))
+        self.clicks = bundle.has_clicks(FORMAT, precision)
+        self._click = functools.cache(
+            lambda name: self._session(bundle, precision, 1, self.spec.graphs()[name]))
+        self.click_workers = threads or os.cpu_count() or 1
         self._info = {"runtime": "onnxruntime", "version": ort.__version__, "precision": precision,
                       "threads": threads, "weights_sha256": bundle.weights_sha256}
 
@@ -44,6 +50,10 @@ class OnnxRuntime:
     def decode(self, features: Features, prompts: Tensors) -> Tensors:
         names = self.spec.decoder_graph(self.slots).output_names
         return dict(zip(names, self._decoder.run(names, {**features, **prompts}), strict=True))
+
+    def click(self, graph: str, inputs: Tensors) -> Tensors:
+        names = self.spec.graphs()[graph].output_names
+        return dict(zip(names, self._click(graph).run(names, inputs), strict=True))
 
     def info(self) -> dict[str, Any]:
         return dict(self._info)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,13 @@ class OpenVinoRuntime:
         self._core = ov.Core()
         self._config = {**settings(threads), "CACHE_DIR": str(cache_folder(precision))}
         self._encoder = self._compile(self._read(bundle, precision, self.spec.encoder_graph()))
-        self._decoder_path = self._path(bundle, precision, self.spec.decoder_graph(self.slots))
-        self._decoders: dict[int, ov.CompiledModel] = {}
-        self._decoder(1)
+        graphs = self.spec.graphs(self.slots)
+        self._batched = functools.cache(lambda name, size: self._resized(bundle, precision, graphs[name], size))
+        self._batched("decoder", 1)
+        self.clicks = bundle.has_clicks(FORMAT, precision)
+        self.click_workers = threads or os.cpu_count() or 1
+        streams = {**self._config, **settings(self.click_workers), "NUM_STREAMS": self.click_workers}
+        self._clicks = functools.cache(lambda name: self._compile(self._read(bundle, precision, graphs[name]), streams))
         self._info = {"runtime": "openvino", "version": ov.get_version(), "precision": precision, "threads": threads,
                       "inference_precision": INFERENCE_PRECISION, "weights_sha256": bundle.weights_sha256}
 
@@ -60,25 +65,33 @@ class OpenVinoRuntime:
         names = self.spec.decoder_graph(self.slots).output_names
 
         def run(size: int, padded: Tensors) -> Tensors:
-            out = self._decoder(size).create_infer_request().infer({**features, **padded})
+            out = self._batched("decoder", size).create_infer_request().infer({**features, **padded})
             return {n: np.array(out[n]) for n in names}
 
         return decode_padded(prompts, run)
 
+    def click(self, graph: str, inputs: Tensors) -> Tensors:
+        spec = self.spec.graphs()[graph]
+        out = self._clicks(graph).create_infer_request().infer(inputs)
+        return {n: np.array(out[n]) for n in spec.output_names}
+
     def info(self) -> dict[str, Any]:
         return dict(self._info)
 
-    def _decoder(self, size: int) -> ov.CompiledModel:
-        if size not in self._decoders:
-            model = self._core.read_model(self._decoder_path)
-            shapes = {t.name: ov.PartialShape(list(t.concrete(size)))
-                      for t in self.spec.decoder_graph(self.slots).inputs}
-            model.reshape(shapes)
-            self._decoders[size] = self._compile(model)
-        return self._decoders[size]
+    def _resized(self, bundle: Bundle, precision: str, graph: GraphSpec, size: int) -> ov.CompiledModel:
+        """A graph compiled for one prompt batch."""
+        model = self._read(bundle, precision, graph)
+        model.reshape({t.name: ov.PartialShape(list(t.concrete(size))) for t in graph.inputs})
+        return self._compile(model)
 
-    def _compile(self, model: ov.Model) -> ov.CompiledModel:
-        return self._core.compile_model(model, "CPU", self._config)
+    def _compile(self, model: ov.Model, config: dict[str, Any] | None = None) -> ov.CompiledModel:
+        try:
+            return self._core.compile_model(model, "CPU", config or self._config)
+        except RuntimeError as e:
+            reason = next((line for line in reversed(str(e).splitlines()) if line.strip()), "no reason given")
+            raise BundleError(f"OpenVINO {ov.get_version()} cannot compile the {model.get_friendly_name()} graph "
+                              f"({reason.strip()[:200]}); export the bundle again or change the openvino "
+                              "version.") from e
 
     def _path(self, bundle: Bundle, precision: str, graph: GraphSpec) -> Path:
         return bundle.file(bundle.find(FORMAT, precision, graph.name)) / MODEL_FILE

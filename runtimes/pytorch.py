@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from pocketsam.errors import UsageError
 from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
+from pocketsam.models.click_decoder import CLICK_MODULES
 from pocketsam.models.loading import load_model, weights_sha256
 from pocketsam.models.sam import SegmentAnything
 from pocketsam.prompts import EMPTY_SLOT
@@ -40,6 +42,10 @@ class PyTorchRuntime:
         self.spec = model.spec
         self.slots = MAX_SLOTS
         self._sha256 = sha256
+        self.clicks = self.spec.clickable
+        self.click_workers = 1
+        # Folded from the weights when they are first asked for.
+        self._click = functools.cache(lambda name: CLICK_MODULES[name](self.model).eval())
 
     @classmethod
     def from_checkpoint(cls, model: str, checkpoint: Path, threads: int | None = None,
@@ -83,6 +89,13 @@ class PyTorchRuntime:
             for t, values in zip(outputs, answer, strict=True):
                 out[t.name][rows] = values
         return {name: values.numpy() for name, values in out.items()}
+
+    @torch.inference_mode()
+    def click(self, graph: str, inputs: Tensors) -> Tensors:
+        spec = self.spec.graphs()[graph]
+        out = self._click(graph)(*(torch.from_numpy(np.ascontiguousarray(inputs[n])) for n in spec.input_names))
+        answers = out if isinstance(out, tuple) else (out,)
+        return {n: t.numpy() for n, t in zip(spec.output_names, answers, strict=True)}
 
     def info(self) -> dict[str, Any]:
         return {"runtime": "pytorch", "version": torch.__version__, "precision": "fp32",

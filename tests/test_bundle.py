@@ -13,6 +13,7 @@ import pytest
 import pocketsam
 from pocketsam.bundle import MANIFEST, read_bundle
 from pocketsam.errors import BundleError, UnknownName
+from pocketsam.specs import CLICK_GRAPHS
 
 
 @pytest.fixture
@@ -28,10 +29,11 @@ def edit(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 def test_contents(toy_bundle: Path) -> None:
     bundle = read_bundle(toy_bundle)
-    assert {a.path for a in bundle.artifacts} == {"onnx/encoder.fp32.onnx", "onnx/decoder.fp32.onnx"}
+    assert {a.path for a in bundle.artifacts} == {f"onnx/{g}.fp32.onnx" for g in ("encoder", "decoder", *CLICK_GRAPHS)}
     for artifact in bundle.artifacts:
         assert artifact.measured["all"]["mean"] >= 0.999
-        assert set(artifact.measured["box"]) >= {"mean", "p5", "worst", "prompts"}
+        kind = "point" if artifact.graph in CLICK_GRAPHS else "box"
+        assert set(artifact.measured[kind]) >= {"mean", "p5", "worst", "prompts"}
         assert bundle.file(artifact).stat().st_size == artifact.bytes
     assert len(bundle.weights_sha256) == 64
     assert bundle.tools["torch"]

@@ -16,6 +16,7 @@ from blobs import BlobRuntime
 import pocketsam
 from pocketsam import rle
 from pocketsam.candidates import Store, find, iou, restore, suppress, tight_box
+from pocketsam.clicks import Answers
 from pocketsam.errors import UsageError
 from pocketsam.everything import MaskRecord, Settings, default_settings, segment_everything
 from pocketsam.geometry import Frame, upscale_logits
@@ -71,10 +72,10 @@ def test_odd_photos(toy: Predictor, shape: tuple[int, int]) -> None:
 def test_bounds_hold_for_a_lone_cell() -> None:
     """A cell barely above zero among strong negatives gives no pixel: it must not stretch the inner bound."""
     frame = Frame.of(427, 640, spec_of("lite0"))
-    low_res = np.full((1, 4, 128, 128), -3, np.float32)
+    low_res = np.full((1, 3, 128, 128), -3, np.float32)
     low_res[..., 4:20, 10:60] = 3
     low_res[..., 60, 30] = 1e-3
-    found = list(find(low_res, np.ones((1, 4), np.float32), 0, frame, 0.2, 0.1, 1.0))
+    found = list(find(Answers(np.arange(1), low_res, np.ones((1, 3), np.float32)), frame, 0.2, 0.1, 1.0))
     assert len(found) == 3
     for c in found:
         shape = shape_of(restore(c, 128), frame, to_image(c.cells, frame, 128, 1 + 128 / 512), 1.0)

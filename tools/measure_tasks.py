@@ -25,10 +25,11 @@ import numpy as np
 from PIL import Image
 
 import pocketsam
+from pocketsam.clicks import PointDecoder
 from pocketsam.doctor import machine
 from pocketsam.edge_scores import boundaries, count, summarize
 from pocketsam.edges import find_edges
-from pocketsam.everything import Settings, decode_points, default_settings, segment_everything
+from pocketsam.everything import Settings, default_settings, segment_everything
 from pocketsam.folders import Job, prepare, run
 from pocketsam.grids import point_grid
 from pocketsam.images import load_rgb
@@ -89,13 +90,13 @@ def speed(sams: dict[str, Predictor], rounds: int) -> dict[str, Any]:
             points = point_grid(settings.points_per_side) * (embedding.frame.width, embedding.frame.height)
             some = points[::len(points) // SINGLES][:SINGLES]
             start = time.perf_counter()
-            for _ in decode_points(sam, embedding, some, 1):
+            for _ in PointDecoder(sam, embedding, graphs=False).answers(some, 1):
                 pass
             single = (time.perf_counter() - start) / len(some) * len(points)
             start = time.perf_counter()
-            for _ in decode_points(sam, embedding, points[:64], settings.batch):
+            for _ in PointDecoder(sam, embedding).answers(points, least_score=settings.pred_iou):
                 pass
-            batched = (time.perf_counter() - start) / 64 * len(points)
+            batched = time.perf_counter() - start
             rows[name]["everything_s"].append(whole)
             rows[name]["decode_s"].append(batched)
             rows[name]["ratio"].append(single / whole)

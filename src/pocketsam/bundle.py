@@ -12,7 +12,7 @@ from typing import Any
 
 from pocketsam.errors import BundleError, UnknownName
 from pocketsam.files import sha256_path, size_of
-from pocketsam.specs import ModelSpec
+from pocketsam.specs import CLICK_GRAPHS, ModelSpec
 
 MANIFEST = "bundle.json"
 SCHEMA = 1
@@ -25,7 +25,7 @@ class Artifact:
 
     Attributes:
         path: POSIX path relative to the bundle: a file, or a folder for formats of several files.
-        graph: ``encoder`` or ``decoder``.
+        graph: ``encoder``, ``decoder`` or one of the click graphs.
         format, precision: e.g. ``onnx`` and ``fp32``.
         sha256, bytes: of the file, or of all files of the folder (``pocketsam.files.sha256_path``).
         inputs, outputs: [{name, dtype, shape}] as exported.
@@ -79,6 +79,11 @@ class Bundle:
             if row.precision == precision:
                 return row
         raise UnknownName("precision", precision, [a.precision for a in rows])
+
+    def has_clicks(self, format: str, precision: str) -> bool:
+        """Whether it holds the graphs for many clicks; they are not part of every bundle."""
+        held = {a.graph for a in self.artifacts if (a.format, a.precision) == (format, precision)}
+        return held.issuperset(CLICK_GRAPHS)
 
     def file(self, artifact: Artifact) -> Path:
         """The artifact's file or folder after checking that it stays in the bundle and matches its hash.

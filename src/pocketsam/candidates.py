@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketsam.clicks import Answers
 from pocketsam.geometry import Frame
 from pocketsam.resampling import Floats
 from pocketsam.windows import REACH, Shape, Window, positive_cells, shape_of, to_image
@@ -74,20 +75,19 @@ def _size(candidate: Candidate) -> int:
     return 0 if candidate.logits is None else candidate.logits.nbytes
 
 
-def find(low_res: Floats, scores: Floats, first_point: int, frame: Frame, least_score: float, least_stability: float,
+def find(answers: Answers, frame: Frame, least_score: float, least_stability: float,
          offset: float) -> Iterator[Candidate]:
     """Candidates of a batch that low-resolution evidence does not rule out.
 
     Args:
-        low_res: float32 (B, 4, 4h, 4w) logits; token 0 is ignored, as a point is ambiguous.
-        scores: float32 (B, 4) predicted IoU.
-        first_point: index of the batch's first point.
+        answers: of some clicks.
         least_score, least_stability: thresholds; 0 switches a filter off.
     """
+    points, low_res, scores = answers
     m = low_res.shape[-1]
     rows, columns = _content(frame, m)
-    for b, token in np.argwhere(scores[:, 1:] > least_score if least_score > 0 else np.isfinite(scores[:, 1:])):
-        logits = low_res[b, token + 1]
+    for b, token in np.argwhere(scores > least_score if least_score > 0 else np.isfinite(scores)):
+        logits = low_res[b, token]
         inside = logits[:rows, :columns]
         outer = int(np.count_nonzero(inside > -offset))
         if least_stability > 0 and _surely_unstable(int(np.count_nonzero(inside > offset)), outer, least_stability):
@@ -96,7 +96,7 @@ def find(low_res: Floats, scores: Floats, first_point: int, frame: Frame, least_
         if positive is None or cells is None:
             continue
         inner_box, outer_box = _inner_bound(inside, frame, m), _outer_bound(positive, frame, m)
-        yield Candidate(float(scores[b, token + 1]), first_point + int(b), int(token) + 1, cells, inner_box, outer_box,
+        yield Candidate(float(scores[b, token]), int(points[b]), int(token) + 1, cells, inner_box, outer_box,
                         _cut(logits, cells))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketsam.candidates import Candidate, Store, find, restore, select
-from pocketsam.everything import decode_points
+from pocketsam.clicks import PointDecoder
 from pocketsam.geometry import Bools, Frame
 from pocketsam.grids import point_grid
 from pocketsam.images import ImageLike, load_rgb
@@ -40,15 +40,13 @@ def find_edges(sam: Predictor, image: ImageLike, points_per_side: int = POINTS_P
     embedding = sam.embed(load_rgb(image))
     frame, m = embedding.frame, sam.spec.mask_size
     points = point_grid(points_per_side) * (frame.width, frame.height)
-    store = Store()
-    for first, low_res, scores in decode_points(sam, embedding, points, 16):
-        for candidate in find(low_res, scores, first, frame, 0, 0, FAINT):
+    decoder, store = PointDecoder(sam, embedding), Store()
+    for answers in decoder.answers(points):
+        for candidate in find(answers, frame, 0, 0, FAINT):
             store.add(candidate)
 
     def decode(c: Candidate) -> Floats:
-        _, low_res, _ = next(decode_points(sam, embedding, points[c.point:c.point + 1], 1))
-        logits: Floats = low_res[0, c.token]
-        return logits
+        return decoder.logits(points[c.point], c.token)
 
     strength = np.zeros((frame.height, frame.width), np.float32)
     for c, shape, _ in select(store, frame, m, FAINT, NMS, lambda shape, box: True, decode):

@@ -6,7 +6,7 @@ The algorithm of the SAM paper (appendix B) and of its official generator, with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from pocketsam import rle
 from pocketsam.candidates import Candidate, Store, find, select, suppress
+from pocketsam.clicks import PointDecoder
 from pocketsam.embedding import Embedding
 from pocketsam.errors import UsageError
 from pocketsam.geometry import Bools
 from pocketsam.grids import Crop, crops, point_grid
 from pocketsam.images import ImageLike, Rgb, load_rgb
-from pocketsam.prompts import Prompt, decoder_inputs
 from pocketsam.resampling import Floats
 from pocketsam.windows import Shape
 
@@ -48,7 +48,7 @@ class Settings:
         crop_points_divide: the grid's side is divided by this with every layer.
         min_region: pixels below which holes are filled and separate regions removed; 0 leaves masks as they are.
         max_area: masks covering more than this fraction of the photo are dropped (the paper: 0.95).
-        batch: prompts decoded at once.
+        batch: prompts decoded at once where the runtime has no click graphs.
     """
 
     points_per_side: int = 32
@@ -160,32 +160,15 @@ def segment_everything(sam: Predictor, image: ImageLike, settings: Settings | No
     return records
 
 
-def decode_points(sam: Predictor, embedding: Embedding, points: NDArray[np.float64],
-                  batch: int) -> Iterator[tuple[int, Floats, Floats]]:
-    """Decode one click each, a batch at a time.
-
-    Args:
-        points: (K, 2) XY pixels of the embedded image.
-
-    Yields:
-        Index of the first point, low-res logits (B, 4, 4h, 4w) and predicted IoU (B, 4).
-    """
-    for start in range(0, len(points), batch):
-        prompts = [Prompt.of(embedding.frame, sam.spec, points=[p], labels=[1]) for p in points[start:start + batch]]
-        inputs = decoder_inputs(prompts, embedding.frame, sam.spec, sam.runtime.slots)
-        out = sam.runtime.decode(embedding.features, inputs)
-        yield start, out["low_res_masks"], out["iou_predictions"]
-
-
 def _segment_crop(sam: Predictor, rgb: Rgb, crop: Crop, settings: Settings, embed: Embed) -> list[MaskRecord]:
     height, width = rgb.shape[:2]
     embedding = embed(rgb[crop.y0:crop.y1, crop.x0:crop.x1])
     frame, m = embedding.frame, sam.spec.mask_size
     points = point_grid(settings.side(crop.layer)) * (frame.width, frame.height)
+    decoder = PointDecoder(sam, embedding)
     store = Store()
-    for first, low_res, scores in decode_points(sam, embedding, points, settings.batch):
-        for candidate in find(low_res, scores, first, frame, settings.pred_iou, settings.stability,
-                              settings.stability_offset):
+    for answers in decoder.answers(points, settings.batch, settings.pred_iou):
+        for candidate in find(answers, frame, settings.pred_iou, settings.stability, settings.stability_offset):
             store.add(candidate)
 
     def accept(shape: Shape, box: tuple[int, int, int, int]) -> bool:
@@ -194,9 +177,7 @@ def _segment_crop(sam: Predictor, rgb: Rgb, crop: Crop, settings: Settings, embe
                 and (settings.max_area == 1 or np.count_nonzero(shape.mask) <= settings.max_area * height * width))
 
     def decode(candidate: Candidate) -> Floats:
-        _, low_res, _ = next(decode_points(sam, embedding, points[candidate.point:candidate.point + 1], 1))
-        logits: Floats = low_res[0, candidate.token]
-        return logits
+        return decoder.logits(points[candidate.point], candidate.token)
 
     records = []
     for c, shape, box in select(store, frame, m, settings.stability_offset, settings.nms, accept, decode):

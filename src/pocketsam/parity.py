@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from pocketsam.clicks import PointDecoder
 from pocketsam.distance import inner_point
 from pocketsam.geometry import Bools, masks_from_logits, tight_box
+from pocketsam.grids import point_grid
 from pocketsam.images import Rgb
 from pocketsam.predictor import Predictor, best_token
 from pocketsam.prompts import Prompt
@@ -23,6 +25,7 @@ GATES = {"fp32": 0.999, "fp16": 0.995, "int8": 0.97, "int8-dynamic": 0.97, "int8
 PROMPTS_PER_IMAGE = 8
 # Shares of the image between which a mask counts as an object.
 SMALLEST, LARGEST = 0.002, 0.9
+CLICK_SIDE = 3
 
 
 @dataclass
@@ -55,6 +58,8 @@ class Agreement:
         """Numbers for bundle.json and tables; JSON-safe."""
         out: dict[str, Any] = {"images": self.images, "max_tensor_error": dict(self.tensor_errors)}
         for kind, values in {**self.ious, "all": self.ious["box"] + self.ious["point"]}.items():
+            if not values:
+                continue
             out[kind] = {"prompts": len(values), "mean": float(np.mean(values)),
                          "p5": float(np.percentile(values, 5)), "worst": float(np.min(values))}
         out["flip_rate"] = self.flips / max(1, len(self.ious["point"]))
@@ -84,6 +89,33 @@ def compare(reference: Predictor, candidate: Predictor, images: Iterable[Rgb], s
     rng = np.random.default_rng(seed)
     for rgb in images:
         _compare_image(reference, candidate, rgb, rng, prompts_per_image, result, tensors)
+        result.images += 1
+    return result
+
+
+def compare_clicks(reference: Predictor, candidate: Predictor, images: Iterable[Rgb],
+                   side: int = CLICK_SIDE) -> Agreement:
+    """The candidate's click graphs against the reference's prompt decoder, on a grid of clicks.
+
+    Args:
+        images: uint8 (H, W, 3) RGB.
+        side: points per side of the grid.
+    """
+    result = Agreement()
+    for rgb in images:
+        pair = [Predictor(p.runtime, exact=False).embed(rgb) for p in (reference, candidate)]
+        frame = pair[0].frame
+        points = point_grid(side) * (frame.width, frame.height)
+        answers = [[np.concatenate(parts) for parts in zip(*PointDecoder(p, e, graphs).answers(points), strict=True)]
+                   for p, e, graphs in zip((reference, candidate), pair, (False, True), strict=True)]
+        (_, ref_masks, ref_scores), (_, masks, scores) = answers
+        result.note_error("low_res_masks", ref_masks, masks)
+        result.note_error("iou_predictions", ref_scores, scores)
+        for i in range(len(points)):
+            token, other = int(ref_scores[i].argmax()), int(scores[i].argmax())
+            result.flips += token != other
+            a, b = (masks_from_logits(m[i, t][None], frame)[0] for m, t in ((ref_masks, token), (masks, other)))
+            result.ious["point"].append(mask_iou(a, b))
         result.images += 1
     return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +16,40 @@ if TYPE_CHECKING:
     from pocketsam.everything import MaskRecord
 
 
+@dataclass(frozen=True)
+class _Runs:
+    """The horizontal runs of a mask, in order, and the 8-connected regions that they belong to.
+
+    Attributes:
+        start, length: int64 (R,), flat index of each run's first pixel, and its pixels.
+        region: int64 (R,), 0 to K - 1.
+        areas: int64 (K,).
+    """
+
+    start: NDArray[np.int64]
+    length: NDArray[np.int64]
+    region: NDArray[np.int64]
+    areas: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, mask: Bools) -> _Runs:
+        h, w = mask.shape
+        padded = np.zeros((h, w + 2), np.bool_)
+        padded[:, 1:-1] = mask
+        edges = np.flatnonzero(padded[:, 1:] != padded[:, :-1])
+        rows, columns = np.divmod(edges, w + 1)
+        row, start, end = rows[::2], columns[::2], columns[1::2]
+        _, region = np.unique(_join(row, start, end, h), return_inverse=True)
+        areas = np.bincount(region.ravel(), weights=end - start).astype(np.int64)
+        return cls(row * w + start, end - start, region.ravel(), areas)
+
+    def pixels(self, chosen: Bools) -> NDArray[np.int64]:
+        """Flat indices of the pixels of the runs where ``chosen`` (R,) is true."""
+        start, length = self.start[chosen], self.length[chosen]
+        first = np.cumsum(length) - length
+        return np.repeat(start - first, length) + np.arange(int(length.sum()))
+
+
 def label_regions(mask: Bools) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Number the 8-connected regions of a mask.
 
@@ -25,19 +59,10 @@ def label_regions(mask: Bools) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     Returns:
         int32 (H, W) labels, 0 outside and 1..K inside; int64 (K,) areas.
     """
-    h, w = mask.shape
-    padded = np.zeros((h, w + 2), np.bool_)
-    padded[:, 1:-1] = mask
-    edges = np.flatnonzero(padded[:, 1:].ravel() != padded[:, :-1].ravel())
-    rows, columns = np.divmod(edges, w + 1)
-    row, start, end = rows[::2], columns[::2], columns[1::2]
-    parent = _join(row, start, end, h)
-    _, labels = np.unique(parent, return_inverse=True)
-    out = np.zeros(h * w, np.int32)
-    lengths = end - start
-    offsets = np.repeat(row * w + start - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
-    out[offsets + np.arange(int(lengths.sum()))] = np.repeat(labels.ravel() + 1, lengths)
-    return out.reshape(h, w), np.bincount(labels.ravel(), weights=lengths).astype(np.int64)
+    runs = _Runs.of(mask)
+    out = np.zeros(mask.size, np.int32)
+    out[runs.pixels(np.ones(len(runs.start), np.bool_))] = np.repeat(runs.region + 1, runs.length)
+    return out.reshape(mask.shape), runs.areas
 
 
 def _join(row: NDArray[Any], start: NDArray[Any], end: NDArray[Any], height: int) -> NDArray[np.int64]:
@@ -72,14 +97,16 @@ def clean(mask: Bools, least: int, what: Literal["holes", "islands"]) -> tuple[B
     Returns:
         The mask, and whether it changed.
     """
-    labels, areas = label_regions(~mask if what == "holes" else mask)
-    small = areas < least
+    runs = _Runs.of(~mask if what == "holes" else mask)
+    small = runs.areas < least
     if not small.any():
         return mask, False
     if what == "islands" and small.all():
-        small[int(areas.argmax())] = False
-    chosen: Bools = np.concatenate([[False], small])[labels]
-    return (mask | chosen, True) if what == "holes" else (mask & ~chosen, True)
+        small[int(runs.areas.argmax())] = False
+    # Only the small regions are painted: labels of every pixel would take hundreds of megabytes of a large photo.
+    changed = np.array(mask, order="C")
+    changed.reshape(-1)[runs.pixels(small[runs.region])] = what == "holes"
+    return changed, True
 
 
 def clean_records(records: list[MaskRecord], least: int, overlap: float) -> list[MaskRecord]:

@@ -1,4 +1,4 @@
-"""The contract of a runtime: four members, the same for every engine."""
+"""The contract of a runtime: a few members, the same for every engine."""
 
 from __future__ import annotations
 
@@ -17,10 +17,18 @@ Tensors = dict[str, NDArray[np.float32]]
 
 
 class Runtime(Protocol):
-    """Executes the encoder and the prompt decoder of one model."""
+    """Executes the graphs of one model.
+
+    Attributes:
+        clicks: whether it has the click graphs (``pocketsam.click_specs``).
+        click_workers: how many calls of :meth:`click` run side by side, each on one thread: batches are independent,
+            and so nothing waits at the end of every operator.
+    """
 
     spec: ModelSpec
     slots: int
+    clicks: bool
+    click_workers: int
 
     def encode(self, image: Rgb, frame: Frame) -> Features:
         """uint8 (1, S, S, 3) RGB -> features by contract name; ``frame`` says where the content ends."""
@@ -28,6 +36,10 @@ class Runtime(Protocol):
 
     def decode(self, features: Features, prompts: Tensors) -> Tensors:
         """Features and ``decoder_inputs`` for B prompts -> low_res_masks (B, 4, 4h, 4w), iou_predictions (B, 4)."""
+        ...
+
+    def click(self, graph: str, inputs: Tensors) -> Tensors:
+        """Run ``click_image``, ``click_scores`` or ``click_masks``; prompts come ``click_specs.BATCH`` at a time."""
         ...
 
     def info(self) -> dict[str, Any]:

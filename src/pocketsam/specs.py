@@ -13,7 +13,8 @@ Resize = Literal["pad", "squash"]
 Resampling = Literal["pillow", "antialias", "bilinear"]
 Upscale = Literal["frame", "direct", "cubic"]
 Padding = Literal["without_box", "always", "fill"]
-GraphName = Literal["encoder", "decoder"]
+GraphName = Literal["encoder", "decoder", "click_image", "click_scores", "click_masks"]
+CLICK_GRAPHS: tuple[GraphName, ...] = ("click_image", "click_scores", "click_masks")
 
 DTYPES = ("uint8", "float32")
 DEFAULT_SLOTS = 8
@@ -56,6 +57,11 @@ class GraphSpec:
     @property
     def output_names(self) -> list[str]:
         return [t.name for t in self.outputs]
+
+    @property
+    def batched(self) -> bool:
+        """Whether an input has a symbolic prompt batch."""
+        return any(isinstance(t.shape[0], str) for t in self.inputs)
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,17 @@ class ModelSpec:
         if self.object_score:
             outputs.append(TensorSpec("object_score_logits", "float32", (BATCH, 1)))
         return GraphSpec("decoder", tuple(inputs), tuple(outputs))
+
+    @property
+    def clickable(self) -> bool:
+        """Whether the decoder has a form for many clicks: SAM's or SAM 2's own, not HQ's or EfficientSAM's."""
+        return self.hq_channels == 0 and self.padding != "fill" and self.embed_dim % 16 == 0
+
+    def graphs(self, slots: int = DEFAULT_SLOTS) -> dict[str, GraphSpec]:
+        """All graphs that the model can have, by name: encoder, decoder and, if it is clickable, the click graphs."""
+        from pocketsam.click_specs import click_graphs
+
+        return {g.name: g for g in (self.encoder_graph(), self.decoder_graph(slots), *click_graphs(self))}
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -8,9 +8,10 @@ from typing import Any
 
 from pocketsam.api import open_bundle
 from pocketsam.bundle import Bundle
+from pocketsam.clicks import has_click_graphs
 from pocketsam.errors import CheckpointError, PocketSamError
 from pocketsam.images import Rgb
-from pocketsam.parity import GATES, compare
+from pocketsam.parity import GATES, compare, compare_clicks
 from pocketsam.predictor import Predictor
 from pocketsam.registry import RUNTIME_FORMATS
 
@@ -22,7 +23,8 @@ class Row:
     Attributes:
         passed: the mean mask agreement reaches the gate.
         problem: empty, or why the artifact could not be measured.
-        measured: :meth:`pocketsam.parity.Agreement.summary`, or empty.
+        measured: :meth:`pocketsam.parity.Agreement.summary`, or empty; under ``clicks`` that of the click graphs, if
+            there are any.
     """
 
     format: str
@@ -64,6 +66,10 @@ def _row(bundle: Bundle, reference: Predictor, images: Sequence[Rgb], seed: int,
     try:
         candidate = Predictor(open_bundle(bundle, runtime, precision))
         measured = compare(reference, candidate, images, seed).summary()
+        means = [measured["all"]["mean"]]
+        if has_click_graphs(candidate.runtime):
+            measured["clicks"] = compare_clicks(reference, candidate, images).summary()
+            means.append(measured["clicks"]["all"]["mean"])
     except PocketSamError as e:
         return Row(format_, precision, runtime, gate, False, str(e), {})
-    return Row(format_, precision, runtime, gate, measured["all"]["mean"] >= gate, "", measured)
+    return Row(format_, precision, runtime, gate, all(m >= gate for m in means), "", measured)

@@ -35,6 +35,8 @@ def export(
     gate: Annotated[float | None, typer.Option(help="Least mean mask agreement with PyTorch, 0 to 1.")] = None,
     parity_images: Annotated[Path | None, typer.Option(help="Folder of images to measure agreement on; default: "
                                                             "photos that ship with the package.")] = None,
+    clicks: Annotated[bool, typer.Option(help="Make the graphs that segment everything runs on, for models that "
+                                              "have them.")] = True,
     calibration: Annotated[Path | None, typer.Option(help="For int8: folder or pack of images; default: the shipped "
                                                           "photos and crops of them.")] = None,
     search: Annotated[float, typer.Option(help="For int8: seconds to look for layers to keep in float when the gate "
@@ -51,7 +53,7 @@ def export(
     model = model or "lite0"
     bundle = pocketsam.export(model, checkpoint=checkpoint, formats=formats(to), precisions=names(precision),
                               out=output or Path(f"{model}.bundle"), slots=slots, gate=gate, images=images,
-                              image_size=image_size, calibration=calibration, search_seconds=search,
+                              image_size=image_size, clicks=clicks, calibration=calibration, search_seconds=search,
                               report=lambda t: progress(t, json_))
     if json_:
         from pocketsam.bundle import to_json
@@ -95,8 +97,9 @@ def verify(
     else:
         shown = table("format", "precision", "kind", "prompts", "mean", "5th percentile", "worst", "gate", "result")
         for row in rows:
-            for kind in ("box", "point"):
-                m = row.measured.get(kind)
+            clicks = {"clicks": row.measured["clicks"]["all"]} if "clicks" in row.measured else {}
+            for kind in ("box", "point", *clicks):
+                m = {**row.measured, **clicks}.get(kind)
                 numbers = [str(m["prompts"]), *(f"{m[k]:.5f}" for k in ("mean", "p5", "worst"))] if m else [""] * 4
                 verdict = escape(row.problem) or ("passed" if row.passed else "BELOW GATE")
                 shown.add_row(row.format, row.precision, kind, *numbers, str(row.gate), verdict)

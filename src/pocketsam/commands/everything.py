@@ -47,6 +47,7 @@ def everything(
     json_: Json = False,
 ) -> None:
     """Find all masks of a photo or of a folder: overlays, COCO JSON and SA-1B style JSON."""
+    from pocketsam.clicks import has_click_graphs
     from pocketsam.everything import default_settings
     from pocketsam.folders import Job, check_output, finish, photos_in, prepare
 
@@ -71,7 +72,8 @@ def everything(
     todo = prepare(job, sam.weights_sha256, found)
     outcomes = _run(job, todo, engine, workers, address, sam, json_)
     files = finish(job, found, shard)
-    _show(job, outcomes, len(found) - len(todo), [str(f) for f in files], sam.info(), json_)
+    info = {**sam.info(), "click_graphs": has_click_graphs(sam.runtime)}
+    _show(job, outcomes, len(found) - len(todo), [str(f) for f in files], info, json_)
     if any(d.problem for d in outcomes):
         raise typer.Exit(1)
 
@@ -108,8 +110,9 @@ def _show(job: Job, outcomes: list[Done], earlier: int, files: list[str], info: 
         shown.add_row(escape(d.photo), "" if d.problem else str(d.masks), "" if d.problem else f"{d.seconds:.2f}",
                       escape(d.problem))
     out.print(shown)
+    way = "click graphs" if info["click_graphs"] else "prompt decoder, no click graphs"
     out.print(f"{len(good)} photos segmented, {earlier} done earlier, {len(bad)} unreadable; "
-              f"{info['model']} on {info['runtime']} {info['version']}, {job.threads} threads; labels and overlays in "
-              f"{job.out}", highlight=False)
+              f"{info['model']} on {info['runtime']} {info['version']}, {way}, {job.threads} threads; labels and "
+              f"overlays in {job.out}", highlight=False)
     for d in bad:
         err.print(f"[bold red]unreadable:[/] {escape(d.problem)}", soft_wrap=True, highlight=False)
