@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pocketsam.errors import UnsupportedModel
 from pocketsam.export.coreml import PlanarImage, convert, coremltools, quiet
 from pocketsam.quantize.correction import UINT8, Layer, affine
 from pocketsam.quantize.grid import Grid, Weighted
@@ -39,6 +40,10 @@ class CoreMlQuantizer:
         return "full"
 
     def __init__(self, job: Job) -> None:
+        """Raises UnsupportedModel for the decoder, whose package has a function for each prompt batch."""
+        if job.spec.name != "encoder":
+            raise UnsupportedModel("coremltools quantizes no package of several functions, so Core ML's decoder stays "
+                                   "in float.")
         self.job = job
 
     @staticmethod
@@ -47,8 +52,8 @@ class CoreMlQuantizer:
         return {"coremltools": metadata.version("coremltools")}
 
     def layers(self) -> list[str]:
-        """Names of the weighted operators of the encoder; the decoder's functions are quantized whole."""
-        return _weighted(self.job.source) if self.job.spec.name == "encoder" else []
+        """Names of the weighted operators."""
+        return _weighted(self.job.source)
 
     def write(self, path: Path, keep: frozenset[str] = frozenset()) -> None:
         """Write the package, with the operators of ``keep`` in float."""
