@@ -123,7 +123,15 @@ def test_formats_refuse_what_they_do_not_have(format_: str) -> None:
 CASES = [(f, r) for f, recipes in HAVE.items() for r in recipes]
 
 
-@pytest.mark.parametrize(("format_", "recipe"), CASES)
+# One of each in the fast tests; the rest runs in CI.
+QUICK = {("onnx", "int8"), ("litert", "int8-weights")}
+
+
+def marked(cases: Sequence[tuple[str, str]]) -> list[Any]:
+    return [pytest.param(*c, marks=[] if c in QUICK else [pytest.mark.slow]) for c in cases]
+
+
+@pytest.mark.parametrize(("format_", "recipe"), marked(CASES))
 def test_every_recipe_runs_and_is_recorded(toy_everywhere: Path, toy_checkpoint: Path, tmp_path: Path, format_: str,
                                            recipe: str) -> None:
     """The toy model has random weights, so only the machinery is judged here, not how well int8 keeps its masks."""
@@ -321,7 +329,7 @@ def lite0_images() -> list[Any]:
     return list(collect(None, spec("lite0"), count=4).encoder_inputs(spec("lite0")))
 
 
-@pytest.mark.parametrize(("format_", "recipe"), [(f, r) for f, r in CASES if r != "int8-dynamic"])
+@pytest.mark.parametrize(("format_", "recipe"), marked([c for c in CASES if c[1] != "int8-dynamic"]))
 def test_layers_kept_in_float_are_larger(toy_everywhere: Path, tmp_path: Path, format_: str, recipe: str) -> None:
     """Names that ``layers`` gives are names that ``write`` understands."""
     from pocketsam.files import size_of

@@ -1,0 +1,128 @@
+"""Measure the int8 artifacts of bundles and write docs/int8.md with pictures.
+
+    python tools/int8_docs.py BUNDLE --data PACK [--images 60] [--untrained BUNDLE ...] [--out docs/int8.md]
+
+BUNDLE is lite0 with fp32 and int8 in every format (``pocketsam export lite0 --to onnx,openvino,litert,coreml
+--precision fp32,fp16,int8 --calibration PACK``), PACK a labelled pack that calibration has not seen. ``--untrained``
+bundles carry weights that mean nothing: for them sizes, times and layers are reported, and no accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pocketsam
+from pocketsam.bundle import Artifact, Bundle, read_bundle
+from pocketsam.doctor import machine
+from pocketsam.quantize.page import pictures
+from pocketsam.quantize.report import Case, Row, measure
+from pocketsam.registry import FORMATS
+
+PACKAGES = ("torch", "onnxruntime", "openvino", "nncf", "ai-edge-litert", "ai-edge-quantizer", "coremltools")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=60)
+    parser.add_argument("--untrained", type=Path, nargs="*", default=[])
+    parser.add_argument("--out", type=Path, default=Path("docs/int8.md"))
+    args = parser.parse_args(argv)
+    bundle = read_bundle(args.bundle)
+    reference = pocketsam.load(bundle.spec.name, runtime="pytorch")
+    rows, cases = measure(bundle, reference, ["int8"], args.data, args.images, lambda t: print(t, file=sys.stderr))
+    lines = [*head(args), *accuracy(bundle, rows), *worst(cases, args.out)]
+    for path in args.untrained:
+        lines += untrained(read_bundle(path))
+    args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"wrote {args.out}", file=sys.stderr)
+
+
+def head(args: argparse.Namespace) -> list[str]:
+    """What was measured, on what, and by which command."""
+    facts = machine()
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
+    command = f"$ python tools/int8_docs.py {args.bundle.name} --data {args.data.name} --images {args.images}"
+    command += f" --untrained {' '.join(p.name for p in args.untrained)}" if args.untrained else ""
+    return ["# int8", "", "Made by the command below; do not edit. "
+            f"{facts['cpu']}, {facts['cores']} cores, {' '.join(facts['features'])}, 2 threads, "
+            f"Python {sys.version.split()[0]}; {versions}.", "", "```console", command, "```", "",
+            "Agreement is the mask IoU with PyTorch in fp32, half boxes, half points, eight an image, on the objects "
+            "that PyTorch's own masks show (`pocketsam.parity`). Retention is mIoU against annotated regions (at most "
+            "eight an image, box and innermost point) divided by that of PyTorch. Time ratios are to fp32 of the same "
+            "format, taken at export in interleaved calls; above 1 is faster. How it is done, and what was tried: "
+            "[adr/0006](adr/0006-int8.md).", ""]
+
+
+def accuracy(bundle: Bundle, rows: Sequence[Row]) -> list[str]:
+    """The table that counts: trained weights."""
+    first = next(a for a in bundle.artifacts if a.precision == "int8")
+    calibration = first.quantization["calibration"]
+    out = [f"## {bundle.spec.name}", "",
+           f"Calibrated on {calibration['images']} images of {calibration['source']}. "
+           f"{rows[0].measured['images']} images judge.", "",
+           "| format | encoder MB | x smaller | mean | box mean / p5 / worst | point mean / p5 / worst | flips | "
+           "retention box / point | encoder x fp32 | slower | decoder | layers in float |",
+           "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        kept = row.retention or {}
+        ratio = row.encoder.get("time_ratio")
+        out.append(" | ".join((
+            f"| {row.format}", f"{row.encoder_bytes / 1e6:.2f}", f"{row.encoder['size_ratio']:.2f}",
+            f"{row.measured['all']['mean']:.4f}", three(row.measured["box"]), three(row.measured["point"]),
+            f"{row.measured['flip_rate']:.1%}", f"{kept['box']:.3f} / {kept['point']:.3f}" if kept else "",
+            "not measurable off a Mac" if ratio is None else f"{ratio:.2f}",
+            "yes: `auto` does not take it" if row.encoder.get("slower") else "no",
+            row.decoder.get("kept_in_float") or "int8", f"first and {len(row.encoder['float_layers'])} more")) + " |")
+    return [*out, ""]
+
+
+def worst(cases: Sequence[Case], out: Path) -> list[str]:
+    """The worst masks as pictures beside the page."""
+    folder = out.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    lines = ["### The worst masks", "", "| prompt | fp32 | int8 | where they differ |", "|---|---|---|---|"]
+    for i, case in enumerate(cases):
+        cells = []
+        for name, jpeg in zip(("fp32", "int8", "difference"), pictures(case), strict=True):
+            (folder / f"{i}_{name}.jpg").write_bytes(jpeg)
+            cells.append(f"![{name}]({folder.name}/{i}_{name}.jpg)")
+        lines.append(f"| {case.title}, IoU {case.iou:.3f} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def three(numbers: dict[str, float]) -> str:
+    """Mean, 5th percentile and worst."""
+    return " / ".join(f"{numbers[n]:.3f}" for n in ("mean", "p5", "worst"))
+
+
+def untrained(bundle: Bundle) -> list[str]:
+    """Sizes, times and layers of a model whose weights mean nothing."""
+    out = [f"## {bundle.spec.name}", "",
+           "Deterministic, untrained weights: sizes, times and what is quantized, and no accuracy.", "",
+           "| format | encoder MB fp32 | encoder MB int8 | x smaller | encoder x fp32 | slower | decoder |",
+           "|---|---|---|---|---|---|---|"]
+    for format_ in FORMATS:
+        rows = {a.graph: a for a in bundle.artifacts if (a.format, a.precision) == (format_, "int8")}
+        if rows:
+            out.append(_sizes(format_, bundle.find(format_, "fp32", "encoder"), rows))
+    return [*out, ""]
+
+
+def _sizes(format_: str, fp32: Artifact, rows: dict[str, Artifact]) -> str:
+    facts: dict[str, Any] = rows["encoder"].quantization
+    ratio = facts["time_ratio"]
+    return " | ".join((f"| {format_}", f"{fp32.bytes / 1e6:.1f}", f"{rows['encoder'].bytes / 1e6:.1f}",
+                       f"{facts['size_ratio']:.2f}", "not measurable off a Mac" if ratio is None else f"{ratio:.2f}",
+                       "yes: `auto` does not take it" if facts["slower"] else "no",
+                       rows["decoder"].quantization.get("kept_in_float") or "int8")) + " |"
+
+
+if __name__ == "__main__":
+    main()
