@@ -21,7 +21,7 @@ from pocketsam.images import Rgb
 from pocketsam.parity import GATES
 from pocketsam.quantize.agreement import Remembered, agreement, graph_calls, slower, time_ratio
 from pocketsam.quantize.calibration import CalibrationSet
-from pocketsam.quantize.correction import Prepared, prepare
+from pocketsam.quantize.correction import METHOD, Prepared, prepare
 from pocketsam.quantize.grid import Grid
 from pocketsam.quantize.recipes import Job, check
 from pocketsam.quantize.search import Search
@@ -167,10 +167,11 @@ class _Pair:
 
     def _encoder(self, key: str, decoder: Artifact) -> tuple[Artifact, Any]:
         self.stage.report(f"quantizing {self.format} encoder, {self.recipe}")
-        tool = self.quantizer(self._job("encoder"))
+        job = self._job("encoder")
+        tool = self.quantizer(job)
         path = self._path("encoder")
-        # The first layer reads the image and is small; it stays in float everywhere.
-        first = frozenset(tool.layers()[:1])
+        floats = 0 if job.prepared is None else job.prepared.floats
+        first = frozenset(tool.layers()[:floats])
 
         def measure(keep: frozenset[str], images: Sequence[Rgb]) -> dict[str, Any]:
             remove(path)
@@ -179,8 +180,8 @@ class _Pair:
             return agreement(self.reference, self._open(row, decoder), images).summary()
 
         trials = self.stage.calibration.images[:SEARCH_IMAGES]
-        search = Search(lambda: tool.layers()[1:], measure, self.stage.images, trials, self.gate, self.stage.seconds,
-                        f"{key}-{self.format}", self.stage.report,
+        search = Search(lambda: tool.layers()[floats:], measure, self.stage.images, trials, self.gate,
+                        self.stage.seconds, f"{key}-{self.format}", self.stage.report,
                         lambda: self._ratio("encoder", self._row("encoder", path, key), decoder))
         found = search.run()
         if not found.measured["all"]["mean"] >= self.gate:
@@ -188,6 +189,7 @@ class _Pair:
                 f"{self.format} {self.recipe} agrees with PyTorch by a mean mask IoU of at most "
                 f"{found.measured['all']['mean']:.4f} (worst {found.measured['all']['worst']:.4f}), with "
                 f"{len(found.keep)} layers in float, below the gate of {self.gate}; nothing was written.")
+        found = replace(found, keep=(*tool.layers()[:floats], *found.keep))
         return self._row("encoder", path, key), found
 
     def _decoder(self, encoder: Artifact, fp32: Artifact, key: str,
@@ -259,7 +261,7 @@ class _Pair:
 
     def _key(self) -> str:
         data = {"fp32": [self.bundle.find(self.format, "fp32", g).key for g in ("encoder", "decoder")],
-                "recipe": self.recipe, "tools": self.quantizer.tools(), "gate": self.gate,
+                "recipe": self.recipe, "method": METHOD, "tools": self.quantizer.tools(), "gate": self.gate,
                 "calibration": self.stage.calibration.to_json(), "features": machine()["features"]}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 

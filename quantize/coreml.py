@@ -63,7 +63,8 @@ class CoreMlQuantizer:
         # The operators of the source stand in execution order, as the layers do.
         names = self.layers()
         layers = self.job.prepared.layers
-        rounded = [i for i in range(1, len(layers)) if i >= len(names) or names[i] not in keep]
+        leading = self.job.prepared.floats
+        rounded = [i for i in range(leading, len(layers)) if i >= len(names) or names[i] not in keep]
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "activations.mlpackage"
             self._convert(layers, rounded).save(str(package))

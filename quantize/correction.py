@@ -24,6 +24,10 @@ ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish)
 # Pixels of a batch: the activations of all its images are in memory at once.
 PIXELS = 8 * 512 ** 2
 UINT8 = 255
+# Part of every int8 artifact's key: raise it when what this package computes changes.
+METHOD = 2
+# Share of the weights that the leading layers in float may hold, the first one apart: lite0's stem and two blocks.
+FLOAT_SHARE = 0.002
 
 
 @dataclass
@@ -55,12 +59,14 @@ class Prepared:
         scales: the grid its weights lie on.
         layers: what was seen of the weighted layers, in execution order, the first one included.
         streams: equalized streams.
+        floats: leading layers that stay in float.
     """
 
     module: nn.Module
     scales: Scales
     layers: list[Layer]
     streams: int
+    floats: int
 
 
 @torch.no_grad()
@@ -68,8 +74,8 @@ def prepare(module: nn.Module, images: Sequence[Rgb], grid: Grid, activations: b
     """Equalize, round the weights, and correct the biases, on a copy.
 
     Layers are corrected in execution order, each behind those that already are. The weights stay rounded, so that the
-    format's tool finds them on its own grid, and the activations where they will be. The first layer stays as it is:
-    its input is the image, it is small, and formats keep it in float.
+    format's tool finds them on its own grid, and the activations where they will be. The first layers stay as they are:
+    on the largest maps there are few weights, and their errors go through everything behind them.
 
     Args:
         module: takes uint8 (B, S, S, 3); its normalisations are folded away.
@@ -90,11 +96,19 @@ def prepare(module: nn.Module, images: Sequence[Rgb], grid: Grid, activations: b
                 batch.append(x)
     layers.sort(key=lambda layer: layer.order)
     scales = Scales(grid)
-    for layer in layers[1:]:
+    floats = _leading(layers)
+    for layer in layers[floats:]:
         layer.module.weight.data = scales.round(layer.module)
-    with hooked(_correct(layers[1:], activations, len(batch))):
+    with hooked(_correct(layers[floats:], activations, len(batch))):
         changed(torch.cat(batch))
-    return Prepared(changed, scales, layers, streams)
+    return Prepared(changed, scales, layers, streams, floats)
+
+
+def _leading(layers: Sequence[Layer]) -> int:
+    """How many layers stay in float: the first one, which reads the image, and those after it that are small."""
+    sizes = [layer.module.weight.numel() for layer in layers]
+    held = itertools.accumulate(sizes)
+    return max(1, sum(h <= FLOAT_SHARE * sum(sizes) for h in held))
 
 
 def affine(low: float, high: float) -> tuple[float, int]:

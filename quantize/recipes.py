@@ -101,7 +101,7 @@ class Quantizer(Protocol):
         ...
 
     def layers(self) -> list[str]:
-        """Names of the weighted layers in execution order; the encoder's first one always stays in float."""
+        """Names of the weighted layers in execution order; leading ones stay in float anyway (``Prepared.floats``)."""
         ...
 
     def write(self, path: Path, keep: frozenset[str] = frozenset()) -> None:

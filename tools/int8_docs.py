@@ -79,7 +79,7 @@ def accuracy(bundle: Bundle, rows: Sequence[Row]) -> list[str]:
             f"{row.measured['flip_rate']:.1%}", f"{kept['box']:.3f} / {kept['point']:.3f}" if kept else "",
             "not measurable off a Mac" if ratio is None else f"{ratio:.2f}",
             "yes: `auto` does not take it" if row.encoder.get("slower") else "no",
-            row.decoder.get("kept_in_float") or "int8", f"first and {len(row.encoder['float_layers'])} more")) + " |")
+            row.decoder.get("kept_in_float") or "int8", str(len(row.encoder["float_layers"])))) + " |")
     return [*out, ""]
 
 
