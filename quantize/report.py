@@ -71,8 +71,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt whose masks differ most: what the page shows."""
+    """One prompt whose masks differ most: what the page shows.
 
+    Attributes:
+        prompt: number of the image, number of the prompt on it.
+    """
+
+    prompt: tuple[int, int]
     title: str
     iou: float
     image: Rgb
@@ -108,7 +113,9 @@ def measure(bundle: Bundle, reference: Predictor, recipes: Sequence[str], pack: 
             row, worst = _row(remembered, candidate, _samples(pack, count), format_, recipe, held, pack is not None)
             rows.append(row)
             cases += worst
-    return rows, sorted(cases, key=lambda c: c.iou)[:WORST]
+    # A prompt that is bad in one format is mostly bad in all; it is shown once.
+    found = {c.prompt: c for c in sorted(cases, key=lambda c: -c.iou)}
+    return rows, sorted(found.values(), key=lambda c: c.iou)[:WORST]
 
 
 def _samples(pack: Path | None, count: int) -> Iterator[tuple[Rgb, list[Bools]]]:
@@ -140,11 +147,11 @@ def _row(reference: Predictor, candidate: Predictor, samples: Iterable[tuple[Rgb
         ours, theirs = (_answers(p, prompts) for p in (reference, candidate))
         for (kind, _, region), (a, _), (b, _) in zip(true, ours[len(asked):], theirs[len(asked):], strict=True):
             truths[kind].append((mask_iou(a, region), mask_iou(b, region)))
-        for (kind, _), (a, token), (b, other) in zip(asked, ours, theirs, strict=False):
+        for i, ((kind, _), (a, token), (b, other)) in enumerate(zip(asked, ours, theirs, strict=False)):
             iou = mask_iou(a, b)
             total.ious[kind].append(iou)
             total.flips += token != other
-            cases.append(Case(f"{format_} {recipe}, {kind}", iou, image, a, b))
+            cases.append(Case((total.images, i), f"{format_} {recipe}, {kind}", iou, image, a, b))
         cases = sorted(cases, key=lambda c: c.iou)[:WORST]
     retention = None
     if quality:
