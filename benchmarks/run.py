@@ -130,7 +130,7 @@ def _rows(bundle: Bundle, measured: list[Measured], against: str) -> list[dict[s
                                "reference": t.reference, "bytes": None, "agreement": None, "quality": None}
         if t.format:
             parts = {a.graph: a for a in bundle.artifacts if (a.format, a.precision) == (t.format, t.precision)}
-            row["bytes"] = {g: a.bytes for g, a in parts.items()}
+            row["bytes"] = {g: parts[g].bytes for g in GRAPHS}
             row["agreement"] = parts["encoder"].measured or None
         rows.append({**row, **numbers[t.runtime, t.precision, t.threads]})
     return rows

@@ -293,7 +293,7 @@ def test_streams_are_equalized_without_changing_the_float_model() -> None:
         after = encoder(torch.from_numpy(images[0]))
         peaks.append(stage_peaks(model, images[0]))
     for a, b in zip(before, after, strict=True):
-        assert float((a - b).abs().max()) < 1e-4 * float(a.abs().max())
+        assert float((a - b).abs().max()) < 1e-3 * float(a.abs().max())
     assert peaks[1].min() / peaks[1].max() > 3 * peaks[0].min() / peaks[0].max()
 
 

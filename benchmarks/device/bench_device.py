@@ -144,7 +144,8 @@ def main() -> None:
     args = parser.parse_args()
     data = json.loads((args.bundle / "bundle.json").read_text(encoding="utf-8"))
     rows = {a["graph"]: a for a in data["artifacts"]
-            if (a["format"], a["precision"]) == (FORMATS[args.runtime], args.precision)}
+            if (a["format"], a["precision"]) == (FORMATS[args.runtime], args.precision)
+            and a["graph"] in ("encoder", "decoder")}
     if set(rows) != {"encoder", "decoder"}:
         raise SystemExit(f"{args.bundle} holds no {args.precision} graphs for {args.runtime}; export them first.")
     paths = {graph: intact(args.bundle, row) for graph, row in rows.items()}

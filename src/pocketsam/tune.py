@@ -63,10 +63,12 @@ def tune(bundle: Bundle, threads: int | None = None, fresh: bool = False,
         fresh: measure again even if there is a stored result.
     """
     store = cache_root() / "tune" / f"{_key(bundle, threads)}.json"
-    if not fresh and (known := _read(store)):
+    if not fresh and (known := _read(store)) and all(_lasting(c) for c in known):
         return known
     found = [_measure(bundle, runtime, precision, threads, report) for runtime, precision in _candidates(bundle)]
     found.sort(key=lambda c: (bool(c.problem), c.cost_ms))
+    if not all(_lasting(c) for c in found):
+        return found
     try:
         with staged_file(store) as staged:
             staged.write_text(json.dumps([asdict(c) for c in found]), encoding="utf-8")
@@ -94,6 +96,11 @@ def choose(candidates: list[Candidate], precision: str | None = None) -> Candida
         raise BundleError(f"no runtime can open this bundle here: {problems}")
     fastest = min(c.cost_ms for c in usable)
     return max((c for c in usable if c.cost_ms <= fastest * EQUAL), key=lambda c: (c.agreement, -c.cost_ms))
+
+
+def _lasting(candidate: Candidate) -> bool:
+    """Whether a result may be remembered: a damaged file may be whole again at the next call, or in another copy."""
+    return not candidate.problem or candidate.problem == str(missing_runtime(candidate.runtime))
 
 
 def _pointless(candidate: Candidate, candidates: list[Candidate]) -> bool:
