@@ -126,5 +126,5 @@ def test_lite0_finds_the_masks_of_its_decoder(index: int) -> None:
     plain = Predictor(sam.runtime)
     plain.runtime.clicks = False
     expected: list[Bools] = [r.mask for r in segment_everything(plain, rgb, settings)]
-    assert len(found) == len(expected) >= 2
+    assert len(found) == len(expected) >= 1
     assert all(mask_iou(a, b) >= 0.99 for a, b in zip(found, expected, strict=True))
