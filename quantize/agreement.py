@@ -13,7 +13,6 @@ from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
 from pocketsam.parity import Agreement, compare
 from pocketsam.predictor import Predictor
-from pocketsam.prompts import Prompt, decoder_inputs
 from pocketsam.runtime import Features, Runtime, Tensors
 
 ROUNDS = 12
@@ -79,18 +78,6 @@ def time_ratio(fast: Callable[[], Any], base: Callable[[], Any], rounds: int = R
             spent[call] = time.perf_counter() - start
         ratios.append(spent[base] / spent[fast])
     return round(float(np.median(ratios)), 2)
-
-
-def graph_calls(runtime: Runtime) -> dict[str, Callable[[], Any]]:
-    """One call of each graph on a seeded image and one point, by graph name."""
-    spec = runtime.spec
-    side = spec.image_size
-    frame = Frame.of(side, side, spec)
-    image = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), dtype=np.uint8)
-    prompt = Prompt.of(frame, spec, points=[(side / 2, side / 2)], labels=[1])
-    features = runtime.encode(image, frame)
-    inputs = decoder_inputs([prompt], frame, spec, runtime.slots)
-    return {"encoder": lambda: runtime.encode(image, frame), "decoder": lambda: runtime.decode(features, inputs)}
 
 
 def slower(ratio: float | None) -> bool:

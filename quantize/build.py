@@ -19,7 +19,7 @@ from pocketsam.errors import BundleError, ParityError, UnsupportedModel
 from pocketsam.files import sha256_path, size_of
 from pocketsam.images import Rgb
 from pocketsam.parity import GATES
-from pocketsam.quantize.agreement import Remembered, agreement, graph_calls, slower, time_ratio
+from pocketsam.quantize.agreement import Remembered, agreement, slower, time_ratio
 from pocketsam.quantize.calibration import CalibrationSet
 from pocketsam.quantize.correction import METHOD, Prepared, prepare
 from pocketsam.quantize.grid import Grid
@@ -27,6 +27,7 @@ from pocketsam.quantize.recipes import Job, check
 from pocketsam.quantize.search import Search
 from pocketsam.runtime import Runtime
 from pocketsam.specs import CLICK_GRAPHS
+from pocketsam.tune import graph_calls
 
 THREADS = 2
 # Decoder tensors of a batch are large; a few images with five kinds of prompt each show their ranges.
@@ -171,7 +172,8 @@ class _Pair:
         tool = self.quantizer(job)
         path = self._path("encoder")
         floats = 0 if job.prepared is None else job.prepared.floats
-        first = frozenset(tool.layers()[:floats])
+        names = tool.layers()
+        first = frozenset(names[:floats])
 
         def measure(keep: frozenset[str], images: Sequence[Rgb]) -> dict[str, Any]:
             remove(path)
@@ -180,7 +182,7 @@ class _Pair:
             return agreement(self.reference, self._open(row, decoder), images).summary()
 
         trials = self.stage.calibration.images[:SEARCH_IMAGES]
-        search = Search(lambda: tool.layers()[floats:], measure, self.stage.images, trials, self.gate,
+        search = Search(names[floats:], measure, self.stage.images, trials, self.gate,
                         self.stage.seconds, f"{key}-{self.format}", self.stage.report,
                         lambda: self._ratio("encoder", self._row("encoder", path, key), decoder))
         found = search.run()
@@ -189,7 +191,7 @@ class _Pair:
                 f"{self.format} {self.recipe} agrees with PyTorch by a mean mask IoU of at most "
                 f"{found.measured['all']['mean']:.4f} (worst {found.measured['all']['worst']:.4f}), with "
                 f"{len(found.keep)} layers in float, below the gate of {self.gate}; nothing was written.")
-        found = replace(found, keep=(*tool.layers()[:floats], *found.keep))
+        found = replace(found, keep=(*names[:floats], *found.keep))
         return self._row("encoder", path, key), found
 
     def _decoder(self, encoder: Artifact, fp32: Artifact, key: str,

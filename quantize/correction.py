@@ -58,14 +58,12 @@ class Prepared:
         module: float, with rounded weights and corrected biases.
         scales: the grid its weights lie on.
         layers: what was seen of the weighted layers, in execution order, the first one included.
-        streams: equalized streams.
         floats: leading layers that stay in float.
     """
 
     module: nn.Module
     scales: Scales
     layers: list[Layer]
-    streams: int
     floats: int
 
 
@@ -84,7 +82,8 @@ def prepare(module: nn.Module, images: Sequence[Rgb], grid: Grid, activations: b
         activations: whether these are rounded to 8 bits too.
     """
     changed = copy.deepcopy(module)
-    streams = equalize(changed, images) if activations else 0
+    if activations:
+        equalize(changed, images)
     layers = [Layer(m) for m in changed.modules() if isinstance(m, Weighted)]
     # Ranges must be those that the formats' own calibration finds, so all images are looked at.
     batch: list[Tensor] = []
@@ -101,7 +100,7 @@ def prepare(module: nn.Module, images: Sequence[Rgb], grid: Grid, activations: b
         layer.module.weight.data = scales.round(layer.module)
     with hooked(_correct(layers[floats:], activations, len(batch))):
         changed(torch.cat(batch))
-    return Prepared(changed, scales, layers, streams, floats)
+    return Prepared(changed, scales, layers, floats)
 
 
 def _leading(layers: Sequence[Layer]) -> int:

@@ -68,15 +68,14 @@ class OpenVinoQuantizer:
         advanced = nncf.AdvancedQuantizationParameters(
             overflow_fix=nncf.OverflowFix.DISABLE, disable_bias_correction=self.job.prepared is not None,
             activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX)
-        wanted = {o.get_friendly_name(): scales for o in model.get_ordered_ops()
-                  if (weights := _weights(o)) is not None and (scales := self.job.scale_of(weights)) is not None}
-        floats = {name: _weights(o) for o in model.get_ordered_ops() if (name := o.get_friendly_name()) in wanted}
+        rounded = {o.get_friendly_name(): (weights, scales) for o in model.get_ordered_ops()
+                   if (weights := _weights(o)) is not None and (scales := self.job.scale_of(weights)) is not None}
         done = nncf.quantize(model, nncf.Dataset(self._samples), subset_size=len(self._samples),
                              preset=nncf.QuantizationPreset.MIXED, ignored_scope=ignored,
                              advanced_parameters=advanced)
         for operator in done.get_ordered_ops():
-            if (name := operator.get_friendly_name()) in wanted:
-                _requantize(operator, floats[name], wanted[name])
+            if (name := operator.get_friendly_name()) in rounded:
+                _requantize(operator, *rounded[name])
         return done
 
     def _read(self) -> ov.Model:
@@ -109,10 +108,10 @@ def _weights(operator: Any) -> NDArray[np.float32] | None:
     return None
 
 
-def _requantize(operator: Any, weights: NDArray[np.float32] | None, scales: NDArray[np.float32]) -> None:
+def _requantize(operator: Any, weights: NDArray[np.float32], scales: NDArray[np.float32]) -> None:
     """Replace the tool's int8 weights, Multiply(Convert(Constant), scale), by those on the given scales."""
     product = operator.input_value(1).get_node()
-    if weights is None or product.get_type_name() != "Multiply":
+    if product.get_type_name() != "Multiply":
         return
     shape = list(product.get_output_shape(0))
     column = scales.reshape(-1, *[1] * (len(shape) - 1))

@@ -58,11 +58,10 @@ class Row:
 
     def cells(self) -> list[str]:
         """Texts in the order of the heads."""
-        three = [" / ".join(f"{self.measured[k][n]:.3f}" for n in ("mean", "p5", "worst")) for k in ("box", "point")]
         kept = "-" if self.retention is None else f"{self.retention['box']:.3f} / {self.retention['point']:.3f}"
         ratio = self.encoder.get("time_ratio")
         return [self.format, self.recipe, f"{self.encoder_bytes / 1e6:.2f}", f"{self.encoder['size_ratio']:.2f}",
-                *three, f"{self.measured['flip_rate']:.1%}", kept,
+                three(self.measured["box"]), three(self.measured["point"]), f"{self.measured['flip_rate']:.1%}", kept,
                 "not measurable here" if ratio is None else f"{ratio:.2f} x",
                 "yes" if self.encoder.get("slower") else "no",
                 f"float: {self.decoder['kept_in_float']}" if self.decoder.get("kept_in_float") else "int8",
@@ -83,6 +82,11 @@ class Case:
     image: Rgb
     fp32: Bools
     int8: Bools
+
+
+def three(numbers: dict[str, float]) -> str:
+    """Mean, 5th percentile and worst of one kind of prompt."""
+    return " / ".join(f"{numbers[n]:.3f}" for n in ("mean", "p5", "worst"))
 
 
 def measure(bundle: Bundle, reference: Predictor, recipes: Sequence[str], pack: Path | None, count: int,

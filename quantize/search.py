@@ -51,7 +51,7 @@ class Search:
         ratio: time ratio to fp32 of the artifact that was written last.
     """
 
-    def __init__(self, layers: Callable[[], list[str]], measure: Measure, judges: Sequence[Rgb],
+    def __init__(self, layers: list[str], measure: Measure, judges: Sequence[Rgb],
                  trials: Sequence[Rgb], gate: float, seconds: float, key: str, report: Callable[[str], None],
                  ratio: Callable[[], float | None]) -> None:
         self.layers, self.measure, self.judges, self.trials = layers, measure, judges, trials
@@ -67,7 +67,7 @@ class Search:
         if self._passes(best) or self.seconds <= 0:
             return best
         end = time.monotonic() + self.seconds
-        names = self.layers()
+        names = self.layers
         size = max(1, -(-len(names) // GROUPS))
         left = [frozenset(names[i:i + size]) for i in range(0, len(names), size)]
         keep: frozenset[str] = frozenset()

@@ -20,7 +20,7 @@ import pocketsam
 from pocketsam.bundle import Artifact, Bundle, read_bundle
 from pocketsam.doctor import machine
 from pocketsam.quantize.page import pictures
-from pocketsam.quantize.report import Case, Row, measure
+from pocketsam.quantize.report import Case, Row, measure, three
 from pocketsam.registry import FORMATS
 
 PACKAGES = ("torch", "onnxruntime", "openvino", "nncf", "ai-edge-litert", "ai-edge-quantizer", "coremltools")
@@ -95,11 +95,6 @@ def worst(cases: Sequence[Case], out: Path) -> list[str]:
             cells.append(f"![{name}]({folder.name}/{i}_{name}.jpg)")
         lines.append(f"| {case.title}, IoU {case.iou:.3f} | {' | '.join(cells)} |")
     return [*lines, ""]
-
-
-def three(numbers: dict[str, float]) -> str:
-    """Mean, 5th percentile and worst."""
-    return " / ".join(f"{numbers[n]:.3f}" for n in ("mean", "p5", "worst"))
 
 
 def untrained(bundle: Bundle) -> list[str]:

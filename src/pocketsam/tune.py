@@ -138,6 +138,12 @@ def _measure(bundle: Bundle, runtime: str, precision: str, threads: int | None,
 
 def time_runtime(engine: Runtime) -> tuple[float, float]:
     """Milliseconds of the encoder and of the decoder with one prompt, readback included: best of a few calls."""
+    calls = graph_calls(engine)
+    return _best(calls["encoder"]), _best(calls["decoder"])
+
+
+def graph_calls(engine: Runtime) -> dict[str, Callable[[], Any]]:
+    """One call of encoder and decoder on a seeded image and one click, by graph name; each readback included."""
     spec = engine.spec
     side = spec.image_size
     frame = Frame.of(side, side, spec)
@@ -145,7 +151,7 @@ def time_runtime(engine: Runtime) -> tuple[float, float]:
     prompt = Prompt.of(frame, spec, points=[(side / 2, side / 2)], labels=[1])
     features = engine.encode(image, frame)
     inputs = decoder_inputs([prompt], frame, spec, engine.slots)
-    return _best(lambda: engine.encode(image, frame)), _best(lambda: engine.decode(features, inputs))
+    return {"encoder": lambda: engine.encode(image, frame), "decoder": lambda: engine.decode(features, inputs)}
 
 
 def _best(call: Callable[[], Any]) -> float:
