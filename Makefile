@@ -17,10 +17,10 @@ demo: $(STAMP)        ## export lite0 to every format, segment the photos, write
 	$(BIN)/pocketsam demo -o build
 
 test: $(STAMP)        ## fast tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-all: $(STAMP)    ## fast and slow tests, as CI runs them
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from pocketsam.errors import UnsupportedModel
 from pocketsam.export.coreml import PlanarImage, convert, coremltools, quiet
-from pocketsam.quantize.correction import UINT8, Layer, affine
+from pocketsam.quantize.correction import Layer
 from pocketsam.quantize.grid import Grid, Weighted
 from pocketsam.quantize.hooks import Hook, hooked
+from pocketsam.quantize.ranges import UINT8, affine
 from pocketsam.quantize.recipes import Job
 from pocketsam.runtimes.mil.program import load_package
 

@@ -1,31 +1,38 @@
-"""Bias correction: rounding shifts the mean of every channel; the biases take it back before anything is quantized.
+"""Preparing an encoder for int8, once in PyTorch, for all formats: ranges, rounded weights, corrected biases.
 
-Nagel et al. 2019 ("Data-free quantization through weight equalization and bias correction", section 4.2, the variant
-that measures the means on data). It is done once in PyTorch, on weights and activations rounded as the formats round
-them, and every format then quantizes the corrected module; so none depends on what its own tool offers.
+Rounding shifts the mean of every channel, and the biases take it back: Nagel et al. 2019 ("Data-free quantization
+through weight equalization and bias correction", section 4.2, the variant that measures the means on data). Weights and
+activations are rounded as the formats round them, and every format then quantizes the corrected module on the grid and
+the ranges found here; so none depends on what its own tool offers.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pocketsam.images import Rgb
 from pocketsam.quantize.equalize import equalize
-from pocketsam.quantize.grid import Grid, Scales, Weighted
+from pocketsam.quantize.grid import Grid, Weighted
 from pocketsam.quantize.hooks import Hook, hooked
+from pocketsam.quantize.ranges import Range, clip, round_values
+from pocketsam.quantize.rounding import round_weights
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish)
 # Pixels of a batch: the activations of all its images are in memory at once.
 PIXELS = 8 * 512 ** 2
-UINT8 = 255
 # Part of every int8 artifact's key: raise it when what this package computes changes.
-METHOD = 2
+METHOD = 3
 # Share of the weights that the leading layers in float may hold, the first one apart: lite0's stem and two blocks.
 FLOAT_SHARE = 0.002
 
@@ -37,17 +44,20 @@ class Layer:
     Attributes:
         module: in the copy that is corrected.
         means: (C,) of the output's channels, one for each image.
-        reads, writes: lowest and highest value of its input and output.
+        reads, writes: lowest and highest value of its input and output; with 8-bit activations, the range they are
+            clipped to.
         activated: its output goes to an activation, and is rounded only behind it.
         order: of execution.
+        scales: (O,) of its rounded weights; None while they are float.
     """
 
     module: Weighted
     means: list[Tensor] = field(default_factory=list)
-    reads: tuple[float, float] = (0.0, 0.0)
-    writes: tuple[float, float] = (0.0, 0.0)
+    reads: Range = (0.0, 0.0)
+    writes: Range = (0.0, 0.0)
     activated: bool = False
     order: int = 0
+    scales: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,24 +66,30 @@ class Prepared:
 
     Attributes:
         module: float, with rounded weights and corrected biases.
-        scales: the grid its weights lie on.
         layers: what was seen of the weighted layers, in execution order, the first one included.
         floats: leading layers that stay in float.
     """
 
     module: nn.Module
-    scales: Scales
     layers: list[Layer]
     floats: int
+
+    def layer_of(self, weights: NDArray[Any]) -> Layer | None:
+        """The rounded layer with these weights, in whatever layout a format keeps them; None if there is none."""
+        return self._rounded.get(_digest(weights))
+
+    @functools.cached_property
+    def _rounded(self) -> dict[str, Layer]:
+        return {_digest(layer.module.weight.numpy()): layer for layer in self.layers if layer.scales is not None}
 
 
 @torch.no_grad()
 def prepare(module: nn.Module, images: Sequence[Rgb], grid: Grid, activations: bool) -> Prepared:
     """Equalize, round the weights, and correct the biases, on a copy.
 
-    Layers are corrected in execution order, each behind those that already are. The weights stay rounded, so that the
-    format's tool finds them on its own grid, and the activations where they will be. The first layers stay as they are:
-    on the largest maps there are few weights, and their errors go through everything behind them.
+    Layers are rounded and corrected in execution order, each behind those that already are. The weights stay rounded,
+    so that the format's tool finds them on its own grid, and the activations where they will be. The first layers stay
+    as they are: on the largest maps there are few weights, and their errors go through everything behind them.
 
     Args:
         module: takes uint8 (B, S, S, 3); its normalisations are folded away.
@@ -85,7 +101,6 @@ def prepare(module: nn.Module, images: Sequence[Rgb], grid: Grid, activations: b
     if activations:
         equalize(changed, images)
     layers = [Layer(m) for m in changed.modules() if isinstance(m, Weighted)]
-    # Ranges must be those that the formats' own calibration finds, so all images are looked at.
     batch: list[Tensor] = []
     with hooked(_observe(layers, changed)):
         for image in images:
@@ -94,13 +109,14 @@ def prepare(module: nn.Module, images: Sequence[Rgb], grid: Grid, activations: b
             if (len(batch) + 1) * x.shape[1] ** 2 <= PIXELS or not batch:
                 batch.append(x)
     layers.sort(key=lambda layer: layer.order)
-    scales = Scales(grid)
     floats = _leading(layers)
-    for layer in layers[floats:]:
-        layer.module.weight.data = scales.round(layer.module)
-    with hooked(_correct(layers[floats:], activations, len(batch))):
-        changed(torch.cat(batch))
-    return Prepared(changed, scales, layers, floats)
+    rounded, images_seen = layers[floats:], torch.cat(batch)
+    if activations:
+        with hooked(clip(rounded)):
+            changed(images_seen)
+    with hooked(_correct(rounded, grid, activations, len(batch))):
+        changed(images_seen)
+    return Prepared(changed, layers, floats)
 
 
 def _leading(layers: Sequence[Layer]) -> int:
@@ -108,18 +124,6 @@ def _leading(layers: Sequence[Layer]) -> int:
     sizes = [layer.module.weight.numel() for layer in layers]
     held = itertools.accumulate(sizes)
     return max(1, sum(h <= FLOAT_SHARE * sum(sizes) for h in held))
-
-
-def affine(low: float, high: float) -> tuple[float, int]:
-    """Scale and zero point of 8-bit unsigned codes for a range that contains zero."""
-    scale = max((high - low) / UINT8, 1e-12)
-    return scale, round(-low / scale)
-
-
-def round_values(x: Tensor, low: float, high: float) -> Tensor:
-    """8-bit affine rounding; values outside the range are clipped."""
-    scale, zero = affine(low, high)
-    return ((x / scale).round() + zero).clamp(0, UINT8).sub(zero).mul(scale)
 
 
 def _channel_means(x: Tensor, module: Weighted) -> Tensor:
@@ -150,10 +154,17 @@ def _observe(layers: Sequence[Layer], module: nn.Module) -> Iterator[Hook]:
             yield part, "before", act
 
 
-def _correct(layers: Sequence[Layer], activations: bool, images: int) -> Iterator[Hook]:
-    """Round what a layer reads, take back the shift of its mean over the first images, and round what it writes."""
-    def read(layer: Layer, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        return (round_values(inputs[0], *layer.reads),) if activations else None
+def _correct(layers: Sequence[Layer], grid: Grid, activations: bool, images: int) -> Iterator[Hook]:
+    """Round what a layer reads and its weights, take back the shift of its mean over the first images, and round what
+    it writes.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def read(layer: Layer, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = round_values(inputs[0], *layer.reads) if activations else inputs[0]
+        if layer.scales is None:
+            layer.module.weight.data, layer.scales = round_weights(layer.module, x, grid, generator)
+        return (x,)
 
     def write(layer: Layer, output: Tensor) -> Tensor:
         module = layer.module
@@ -168,6 +179,11 @@ def _correct(layers: Sequence[Layer], activations: bool, images: int) -> Iterato
         yield layer.module, "after", lambda _, i, o, layer=layer: write(layer, o)
 
 
-def _widened(known: tuple[float, float], x: Tensor) -> tuple[float, float]:
+def _digest(weights: NDArray[Any]) -> str:
+    """Of the values alone, whatever their layout."""
+    return hashlib.sha256(np.sort(np.asarray(weights, np.float32), axis=None).tobytes()).hexdigest()
+
+
+def _widened(known: Range, x: Tensor) -> Range:
     low, high = torch.aminmax(x)
     return min(known[0], float(low)), max(known[1], float(high))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pocketsam.batching import ENTRY_BATCHES
 from pocketsam.export.litert import _quiet as quiet
@@ -13,10 +17,23 @@ from pocketsam.export.litert import signature_name
 from pocketsam.quantize.grid import Grid
 from pocketsam.quantize.recipes import Job
 
-WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D_TRANSPOSE", "FULLY_CONNECTED")
+if TYPE_CHECKING:
+    from pocketsam.quantize.ranges import Range
+
+CONVOLUTIONS = ("CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D_TRANSPOSE")
+WEIGHTED = (*CONVOLUTIONS, "FULLY_CONNECTED")
 # What stands between weighted layers and costs a conversion each way when left in float. Softmax, normalisation and
 # products of two computed tensors (attention) are left out on purpose: they stay in float.
 BETWEEN = ("ADD", "RESIZE_NEAREST_NEIGHBOR")
+
+
+class Operator(NamedTuple):
+    """A weighted operator: names of the tensors that it reads and writes, and its weights."""
+
+    kind: str
+    reads: str
+    writes: str
+    weights: NDArray[Any]
 
 
 class LiteRtQuantizer:
@@ -41,12 +58,7 @@ class LiteRtQuantizer:
 
     def layers(self) -> list[str]:
         """Names of the tensors that weighted operators write."""
-        from ai_edge_litert.interpreter import Interpreter, OpResolverType
-
-        interpreter = Interpreter(model_path=str(self.job.source),
-                                  experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES)
-        names = {int(d["index"]): str(d["name"]) for d in interpreter.get_tensor_details()}
-        return [names[int(o["outputs"][0])] for o in interpreter._get_ops_details() if o["op_name"] in WEIGHTED]
+        return [o.writes for o in self._operators()]
 
     def write(self, path: Path, keep: frozenset[str] = frozenset()) -> None:
         """Write the quantized flatbuffer, with the operators that write the tensors of ``keep`` in float."""
@@ -54,11 +66,39 @@ class LiteRtQuantizer:
             tool = self._tool(keep)
             if tool.need_calibration and self._statistics is None:
                 self._statistics = tool.calibrate(self._samples(), num_threads=self.job.threads)
+                for name, (low, high) in self._ranges().items():
+                    self._statistics[name].update(min=np.full_like(self._statistics[name]["min"], low),
+                                                  max=np.full_like(self._statistics[name]["max"], high))
             tool.quantize(self._statistics).export_model(str(path), overwrite=True)
 
     def _samples(self) -> dict[str, Any]:
         batches = ENTRY_BATCHES if self.job.spec.name == "decoder" else (1,)
         return {signature_name(self.job.spec, b): list(self.job.inputs(b)) for b in batches}
+
+    def _operators(self) -> Iterator[Operator]:
+        from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+        interpreter = Interpreter(model_path=str(self.job.source),
+                                  experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES)
+        interpreter.allocate_tensors()
+        names = {int(d["index"]): str(d["name"]) for d in interpreter.get_tensor_details()}
+        for operator in interpreter._get_ops_details():
+            if (kind := operator["op_name"]) in WEIGHTED:
+                # A transposed convolution names the shape of its output first.
+                reads, weights = operator["inputs"][2 if kind == "CONV_2D_TRANSPOSE" else 0], operator["inputs"][1]
+                yield Operator(kind, names[int(reads)], names[int(operator["outputs"][0])],
+                               interpreter.get_tensor(int(weights)))
+
+    def _ranges(self) -> dict[str, Range]:
+        """Ranges of activations that PyTorch found better than the extremes."""
+        found: dict[str, Range] = {}
+        for operator in self._operators():
+            if (layer := self.job.layer_of(operator.weights)) is not None:
+                found[operator.reads] = layer.reads
+                # Behind a matrix product the bias may still be to come.
+                if operator.kind in CONVOLUTIONS and not layer.activated:
+                    found[operator.writes] = layer.writes
+        return found
 
     def _tool(self, keep: frozenset[str]) -> Any:
         from ai_edge_quantizer import qtyping, quantizer

@@ -18,7 +18,8 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from pocketsam.quantize.recipes import Job, narrow_grid
 
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+CONVOLUTIONS = ("Conv", "ConvTranspose")
+WEIGHTED = (*CONVOLUTIONS, "Gemm", "MatMul")
 # What stands between weighted layers; softmax, normalisation and products of computed tensors stay in float.
 BETWEEN = ("Add", "Resize", "Clip", "Relu")
 SMALLEST = 1024
@@ -71,15 +72,20 @@ class OnnxQuantizer:
                 calibration_cache_path=Path(self._folder.name) / "ranges.json")
 
     def _overrides(self, model: Any, wanted: set[str]) -> dict[str, list[dict[str, Any]]]:
-        """The scales of weights that were rounded before; the tool would take others."""
+        """The scales of weights that were rounded before, and ranges of activations; the tool would take others."""
         values = {i.name: i for i in model.graph.initializer}
         found: dict[str, list[dict[str, Any]]] = {}
         for node in self._weighted(model):
-            scales = self.job.scale_of(numpy_helper.to_array(values[node.input[1]]))
-            if node.name in wanted and scales is not None:
-                found[node.input[1]] = [
-                    {"axis": 0 if node.op_type == "Conv" else 1, "scale": s, "zero_point": np.array(0, np.int8),
-                     "quant_type": ortq.QuantType.QInt8} for s in scales]
+            layer = self.job.layer_of(numpy_helper.to_array(values[node.input[1]]))
+            if node.name not in wanted or layer is None or layer.scales is None:
+                continue
+            found[node.input[1]] = [
+                {"axis": 0 if node.op_type == "Conv" else 1, "scale": s, "zero_point": np.array(0, np.int8),
+                 "quant_type": ortq.QuantType.QInt8} for s in layer.scales.numpy()]
+            found[node.input[0]] = [_span(layer.reads)]
+            # Behind a matrix product the bias is still to come.
+            if node.op_type in CONVOLUTIONS and not layer.activated:
+                found[node.output[0]] = [_span(layer.writes)]
         return found
 
     def _weighted(self, model: Any) -> list[Any]:
@@ -103,6 +109,11 @@ class OnnxQuantizer:
         del model.graph.initializer[:]
         model.graph.initializer.extend(left)
         onnx.save(model, str(path))
+
+
+def _span(ends: tuple[float, float]) -> dict[str, Any]:
+    """An override of the tool's."""
+    return {"rmin": np.float32(ends[0]), "rmax": np.float32(ends[1])}
 
 
 def _transposed(node: Any) -> bool:

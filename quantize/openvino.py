@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openvino as ov
@@ -16,6 +16,10 @@ from openvino import opset13 as opset
 
 from pocketsam.export.openvino import MODEL_FILE
 from pocketsam.quantize.recipes import Job, narrow_grid
+
+if TYPE_CHECKING:
+    from pocketsam.quantize.correction import Layer
+    from pocketsam.quantize.ranges import Range
 
 PASSED = ("Convert", "Reshape", "Transpose")
 WEIGHTED = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul")
@@ -68,14 +72,18 @@ class OpenVinoQuantizer:
         advanced = nncf.AdvancedQuantizationParameters(
             overflow_fix=nncf.OverflowFix.DISABLE, disable_bias_correction=self.job.prepared is not None,
             activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX)
-        rounded = {o.get_friendly_name(): (weights, scales) for o in model.get_ordered_ops()
-                   if (weights := _weights(o)) is not None and (scales := self.job.scale_of(weights)) is not None}
+        rounded = {o.get_friendly_name(): (weights, layer) for o in model.get_ordered_ops()
+                   if (weights := _weights(o)) is not None and (layer := self.job.layer_of(weights)) is not None}
         done = nncf.quantize(model, nncf.Dataset(self._samples), subset_size=len(self._samples),
                              preset=nncf.QuantizationPreset.MIXED, ignored_scope=ignored,
                              advanced_parameters=advanced)
         for operator in done.get_ordered_ops():
             if (name := operator.get_friendly_name()) in rounded:
-                _requantize(operator, *rounded[name])
+                weights, layer = rounded[name]
+                _requantize(operator, weights, layer)
+                _narrow(operator.input_value(0).get_node(), layer.reads)
+                for reader in [] if layer.activated else _readers(operator):
+                    _narrow(reader, layer.writes)
         return done
 
     def _read(self) -> ov.Model:
@@ -108,16 +116,41 @@ def _weights(operator: Any) -> NDArray[np.float32] | None:
     return None
 
 
-def _requantize(operator: Any, weights: NDArray[np.float32], scales: NDArray[np.float32]) -> None:
-    """Replace the tool's int8 weights, Multiply(Convert(Constant), scale), by those on the given scales."""
+def _requantize(operator: Any, weights: NDArray[np.float32], layer: Layer) -> None:
+    """Replace the tool's int8 weights, Multiply(Convert(Constant), scale), by those on the scales of a layer."""
     product = operator.input_value(1).get_node()
-    if product.get_type_name() != "Multiply":
+    if product.get_type_name() != "Multiply" or layer.scales is None:
         return
     shape = list(product.get_output_shape(0))
-    column = scales.reshape(-1, *[1] * (len(shape) - 1))
+    column = layer.scales.numpy().reshape(-1, *[1] * (len(shape) - 1))
     codes = np.rint(weights.reshape(shape) / column).astype(np.int8)
     product.input(0).replace_source_output(opset.convert(opset.constant(codes), "f32").output(0))
     product.input(1).replace_source_output(opset.constant(column.astype(np.float32)).output(0))
+
+
+def _readers(operator: Any) -> list[Any]:
+    """What reads a weighted operator's output, its bias added."""
+    nodes = [t.get_node() for t in operator.output(0).get_target_inputs()]
+    biased = [n for n in nodes if n.get_type_name() == "Add" and _adds_constant(n)]
+    return nodes + [t.get_node() for n in biased for t in n.output(0).get_target_inputs()]
+
+
+def _adds_constant(node: Any) -> bool:
+    return any(node.input_value(i).get_node().get_type_name() in ("Constant", *PASSED) for i in range(2))
+
+
+def _narrow(quantizer: Any, span: Range) -> None:
+    """Give a FakeQuantize of activations another range, zero exact; other operators are left alone."""
+    if quantizer.get_type_name() != "FakeQuantize":
+        return
+    from pocketsam.quantize.ranges import UINT8, affine
+
+    scale, zero = affine(*span)
+    ends = (-zero * scale, (UINT8 - zero) * scale)
+    for i in range(1, 5):
+        shape = list(quantizer.input_value(i).get_shape())
+        value = np.full(shape, ends[(i - 1) % 2], np.float32)
+        quantizer.input(i).replace_source_output(opset.constant(value).output(0))
 
 
 def _constant_behind(node: Any) -> bool:

@@ -23,10 +23,9 @@ from pocketsam.errors import MissingDependency, UnknownName, UnsupportedModel
 from pocketsam.specs import GraphSpec
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
-    from pocketsam.quantize.correction import Prepared
+    from pocketsam.quantize.correction import Layer, Prepared
     from pocketsam.quantize.grid import Grid
 
 RECIPES = {
@@ -73,9 +72,9 @@ class Job:
     threads: int = 2
     prepared: Prepared | None = None
 
-    def scale_of(self, weights: NDArray[Any]) -> NDArray[np.float32] | None:
-        """(C,) scales of the grid that weights lie on; None if they were not rounded before."""
-        return None if self.prepared is None else self.prepared.scales.of(weights)
+    def layer_of(self, weights: NDArray[Any]) -> Layer | None:
+        """What PyTorch found for the layer with these weights; None for the decoder, and for layers left in float."""
+        return None if self.prepared is None else self.prepared.layer_of(weights)
 
 
 class Quantizer(Protocol):

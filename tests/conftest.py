@@ -26,6 +26,14 @@ class Outcome(NamedTuple):
     err: str
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For runs in several processes: tests of a file stay together, in the matrix those of a model, as fixtures do."""
+    for item in items:
+        call = getattr(item, "callspec", None)
+        model = call.params.get("model", "") if call and item.path.stem == "test_matrix" else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{model}"))
+
+
 @pytest.fixture(scope="session")
 def toy_registered() -> Iterator[None]:
     """Register small models of each family, ``toy_sam`` a plain ViT, for the whole run."""

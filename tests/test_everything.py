@@ -25,6 +25,7 @@ from pocketsam.images import Rgb, load_rgb
 from pocketsam.models.catalog import spec as spec_of
 from pocketsam.photos import photo_paths
 from pocketsam.predictor import Predictor
+from pocketsam.quantize.agreement import Remembered
 from pocketsam.regions import clean, label_regions
 from pocketsam.windows import Window, shape_of, to_image, upscale_bands
 
@@ -90,7 +91,8 @@ def test_bounds_hold_for_a_lone_cell() -> None:
 @pytest.mark.parametrize("index", range(3))
 def test_official_settings_on_the_pytorch_runtime(index: int) -> None:
     """lite0 on three photos: official defaults, and lite0's own thresholds, under which masks surely remain."""
-    sam = pocketsam.load(threads=2)
+    # The plain implementation asks the same under both settings.
+    sam = Predictor(Remembered(pocketsam.load(threads=2).runtime))
     rgb = load_rgb(photo_paths()[index])
     same_masks(sam, rgb, Settings())
     assert same_masks(sam, rgb, replace(Settings(), pred_iou=0.2, stability=0.1)) >= 1

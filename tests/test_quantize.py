@@ -142,7 +142,7 @@ def test_every_recipe_runs_and_is_recorded(toy_everywhere: Path, toy_checkpoint:
     exact, quantized = (pocketsam.load(out, runtime=runtime, precision=p).embed(rgb).features["image_embeddings"]
                         for p in ("fp32", recipe))
     # Random weights amplify rounding; a wrong scale, axis or layout gives an error as large as the tensor.
-    assert 0 < np.abs(exact - quantized).mean() < 0.9 * np.abs(exact).mean()
+    assert 0 < np.abs(exact - quantized).mean() < 0.5 * np.abs(exact).mean()
     lines: list[str] = []
     pocketsam.export("toy_sam", checkpoint=toy_checkpoint, formats=[format_], precisions=["fp32", recipe], out=out,
                      images=[rgb], gate=0.3, report=lines.append)

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from pocketsam.builtin import builtin_weights
 from pocketsam.models.lite0 import LiteEncoder, lite0
+from pocketsam.models.loading import load_model
 from pocketsam.training.batches import Batch
 from pocketsam.training.quantized import int8_activations, quantized_episode, round_to_levels
 
@@ -46,12 +48,12 @@ def test_activations_are_rounded_inside_the_context_only() -> None:
 
 def test_an_episode_is_pulled_to_the_float_model() -> None:
     torch.manual_seed(0)
-    model = lite0(64).requires_grad_(True)
-    targets = torch.zeros(2, 16, 16)
-    targets[0, 2:9, 3:12] = 1
-    targets[1, 8:15, 1:6] = 1
-    boxes = torch.tensor([[12.0, 8.0, 48.0, 36.0], [4.0, 32.0, 24.0, 60.0]])
-    batch = Batch(torch.rand(1, 3, 64, 64) * 255, torch.ones(1, 1, 64, 64), targets, boxes)
+    model = load_model("lite0", builtin_weights("lite0"), 128).requires_grad_(True)
+    targets = torch.zeros(2, 32, 32)
+    targets[0, 4:18, 6:24] = 1
+    targets[1, 16:30, 2:12] = 1
+    boxes = torch.tensor([[24.0, 16.0, 96.0, 72.0], [8.0, 64.0, 48.0, 120.0]])
+    batch = Batch(torch.rand(1, 3, 128, 128) * 255, torch.ones(1, 1, 128, 128), targets, boxes)
     parts = quantized_episode(model, batch, 2, torch.Generator().manual_seed(1), weight=30.0)
     none = quantized_episode(model, batch, 2, torch.Generator().manual_seed(1), weight=0.0)
     assert float(parts["distill"]) > 0
