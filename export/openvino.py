@@ -42,5 +42,19 @@ class OpenVinoExporter:
                 onnx_file = Path(folder) / "graph.onnx"
                 OnnxExporter.export(graph, spec, "fp32", onnx_file)
             model = ov.convert_model(onnx_file)
-            path.mkdir()
-            ov.save_model(model, path / MODEL_FILE, compress_to_fp16=precision == "fp16")
+            save(model, path, compress=precision == "fp16")
+
+
+def save(model: ov.Model, path: Path, compress: bool = False) -> None:
+    """Write an IR folder; its XML without indentation, which was a sixth of it.
+
+    Args:
+        compress: weights to fp16.
+    """
+    path.mkdir(exist_ok=True)
+    file = path / MODEL_FILE
+    ov.save_model(model, file, compress_to_fp16=compress)
+    plain = file.with_suffix(".tmp")
+    with file.open(encoding="utf-8") as lines, plain.open("w", encoding="utf-8") as out:
+        out.writelines(line.strip() for line in lines)
+    plain.replace(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from importlib import metadata
@@ -63,13 +64,18 @@ class LiteRtQuantizer:
     def write(self, path: Path, keep: frozenset[str] = frozenset()) -> None:
         """Write the quantized flatbuffer, with the operators that write the tensors of ``keep`` in float."""
         with quiet():
+            from ai_edge_quantizer.calibrator import CalibrationMode
+
             tool = self._tool(keep)
             if tool.need_calibration and self._statistics is None:
-                self._statistics = tool.calibrate(self._samples(), num_threads=self.job.threads)
+                # The other mode keeps every tensor of the graph in memory: 4.6 GB for a decoder of 16 prompts, not 0.3.
+                self._statistics = tool.calibrate(self._samples(), num_threads=self.job.threads,
+                                                  mode=CalibrationMode.CALIBRATION_PROFILER_BASED)
                 for name, (low, high) in self._ranges().items():
                     self._statistics[name].update(min=np.full_like(self._statistics[name]["min"], low),
                                                   max=np.full_like(self._statistics[name]["max"], high))
             tool.quantize(self._statistics).export_model(str(path), overwrite=True)
+            _share_vectors(path)
 
     def _samples(self) -> dict[str, Any]:
         batches = ENTRY_BATCHES if self.job.spec.name == "decoder" else (1,)
@@ -117,3 +123,23 @@ class LiteRtQuantizer:
             tool.update_quantization_recipe(regex=f"(^|;){re.escape(layer)};", algorithm_key="no_quantize",
                                             operation_name=qtyping.TFLOperationName.ALL_SUPPORTED)
         return tool
+
+
+def _share_vectors(path: Path) -> None:
+    """Write equal vectors once: the zero points of symmetric weights, eight bytes a channel, are zeros everywhere."""
+    import flatbuffers
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    class Sharing(flatbuffers.Builder):  # type: ignore[misc]  # flatbuffers has no types
+        """Remembers the arrays that it has written."""
+
+        def CreateNumpyVector(self, array: NDArray[Any]) -> int:
+            key = array.dtype.str + hashlib.sha256(array.tobytes()).hexdigest()
+            if key not in known:
+                known[key] = super().CreateNumpyVector(array)
+            return known[key]
+
+    known: dict[str, int] = {}
+    builder = Sharing(1 << 20)
+    builder.Finish(flatbuffer_utils.read_model(str(path)).Pack(builder), file_identifier=b"TFL3")
+    path.write_bytes(builder.Output())

@@ -14,7 +14,7 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as opset
 
-from pocketsam.export.openvino import MODEL_FILE
+from pocketsam.export.openvino import MODEL_FILE, save
 from pocketsam.quantize.recipes import Job, narrow_grid
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ class OpenVinoQuantizer:
                 done = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=ignored)
             else:
                 done = self._quantized(model, ignored)
-            path.mkdir(exist_ok=True)
-            ov.save_model(done, path / MODEL_FILE, compress_to_fp16=False)
+            save(done, path)
 
     def _quantized(self, model: ov.Model, ignored: Any) -> ov.Model:
         import nncf
