@@ -32,7 +32,7 @@ ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish)
 # Pixels of a batch: the activations of all its images are in memory at once.
 PIXELS = 8 * 512 ** 2
 # Part of every int8 artifact's key: raise it when what this package computes changes.
-METHOD = 4
+METHOD = 6
 # Share of the weights that the leading layers in float may hold, the first one apart: lite0's stem and two blocks.
 FLOAT_SHARE = 0.002
 
@@ -181,7 +181,9 @@ def _correct(layers: Sequence[Layer], grid: Grid, activations: bool, images: int
 
 def _digest(weights: NDArray[Any]) -> str:
     """Of the values alone, whatever their layout."""
-    return hashlib.sha256(np.sort(np.asarray(weights, np.float32), axis=None).tobytes()).hexdigest()
+    # Zeros lose their sign, by which sorting would not order them.
+    values = np.asarray(weights, np.float32) + np.float32(0)
+    return hashlib.sha256(np.sort(values, axis=None).tobytes()).hexdigest()
 
 
 def _widened(known: Range, x: Tensor) -> Range:

@@ -133,7 +133,7 @@ def _share_vectors(path: Path) -> None:
     class Sharing(flatbuffers.Builder):  # type: ignore[misc]  # flatbuffers has no types
         """Remembers the arrays that it has written."""
 
-        def CreateNumpyVector(self, array: NDArray[Any]) -> int:
+        def CreateNumpyVector(self, array: NDArray[Any]) -> int:  # noqa: N802 (flatbuffers' name)
             key = array.dtype.str + hashlib.sha256(array.tobytes()).hexdigest()
             if key not in known:
                 known[key] = super().CreateNumpyVector(array)

@@ -21,6 +21,8 @@ PER_COLUMN = 4
 DAMPING = 0.01
 # How often scales are widened until no two neighbours saturate; weights are rounded to the nearest after that.
 TRIES = 6
+# Columns whose losses are handed to all later ones in one product; within a block, column by column.
+BLOCK = 64
 
 
 @torch.no_grad()
@@ -115,10 +117,14 @@ def _feedback(weight: Tensor, scales: Tensor, order: Tensor, factor: Tensor) -> 
     # Tools that take the scale from a channel's largest weight must find that one where it was.
     kept = free.abs() == free.abs().amax(2, keepdim=True)
     fixed = free.round()
-    codes = torch.empty_like(free)
-    for k in range(free.shape[2]):
-        now = free[:, :, k]
-        codes[:, :, k] = torch.where(kept[:, :, k], fixed[:, :, k], now.round()).clamp(-INT8, INT8)
-        lost = (now - codes[:, :, k]) / factor[:, k, k, None]
-        free[:, :, k + 1:] -= lost[:, :, None] * factor[:, None, k, k + 1:]
+    codes, lost = torch.empty_like(free), torch.empty_like(free)
+    size = free.shape[2]
+    for start in range(0, size, BLOCK):
+        end = min(start + BLOCK, size)
+        for k in range(start, end):
+            now = free[:, :, k]
+            codes[:, :, k] = torch.where(kept[:, :, k], fixed[:, :, k], now.round()).clamp(-INT8, INT8)
+            lost[:, :, k] = (now - codes[:, :, k]) / factor[:, k, k, None]
+            free[:, :, k + 1:end] -= lost[:, :, k, None] * factor[:, None, k, k + 1:end]
+        free[:, :, end:] -= lost[:, :, start:end] @ factor[:, start:end, end:]
     return torch.empty_like(codes).scatter_(2, expanded, codes).to(weight.dtype)

@@ -1,9 +1,11 @@
 """Measure every model on this machine and write docs/benchmarks.md. One command, resumable:
 
-    python tools/bench_docs.py WORK_FOLDER [MODEL ...] [--checkpoints FOLDER] [--data PACK] [--rounds 10] [--write]
+    python tools/bench_docs.py WORK_FOLDER [MODEL ...] [--checkpoints FOLDER] [--calibration PACK] [--data PACK]
+        [--rounds 10] [--write]
 
 Models without a checkpoint ``FOLDER/MODEL.pt`` get deterministic, untrained weights: speed and size do not depend on
-them, and their agreement says how exact the export is. A model whose ``bench.json`` is complete is not measured again.
+them, and their agreement says how exact the export is; their int8 files are not held to a gate. A bundle in the folder
+that holds everything is not exported again, a model whose ``bench.json`` is complete is not measured again.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from pocketsam.benchmarks.run import RESULT, Options, run, write_reports
 from pocketsam.benchmarks.tables import HEADS, accuracy_rows, cells, facts, source_rows
 from pocketsam.benchmarks.targets import Target
 from pocketsam.builtin import BUILTIN_MODEL, checkpoint_for
+from pocketsam.bundle import read_bundle
 from pocketsam.doctor import machine
 from pocketsam.errors import PocketSamError
 from pocketsam.images import load_rgb
@@ -36,7 +39,7 @@ from pocketsam.registry import FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = (BUILTIN_MODEL, "mobile_sam", "sam_vit_b")
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8")
 HEAVY = "sam_vit"
 # Core ML files are not timed elsewhere; where the bundle has them already, their size and agreement are shown.
 TIMED = [f for f in FORMATS if f != "coreml" or sys.platform == "darwin"]
@@ -61,6 +64,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--checkpoints", type=Path)
+    parser.add_argument("--calibration", type=Path, help="photos for int8; default: the shipped ones")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--images", type=int, default=60, help="photos of --data")
     parser.add_argument("--rounds", type=int, default=10)
@@ -83,8 +87,9 @@ def measure(model: str, args: argparse.Namespace) -> None:
         return
     checkpoint = find_checkpoint(model, args.checkpoints or args.work)
     bundle = args.work / f"{model}.bundle"
-    pocketsam.export(model, checkpoint=checkpoint, formats=TIMED, precisions=list(PRECISIONS), out=bundle,
-                     report=print)
+    if not holds_everything(bundle):
+        pocketsam.export(model, checkpoint=checkpoint, formats=TIMED, precisions=list(PRECISIONS), out=bundle,
+                         gate=None if model == BUILTIN_MODEL else 0.0, calibration=args.calibration, report=print)
     others = rival_targets(model, checkpoint_for(model, checkpoint), args.work / f"{model}.rivals")
     heavy = model.startswith(HEAVY)
     plan = replace(Plan(), rounds=max(3, args.rounds // 3), calls=(1, 10), warmup=1) if heavy else \
@@ -96,6 +101,14 @@ def measure(model: str, args: argparse.Namespace) -> None:
     add_rival_facts(result, model, checkpoint, others, args.work / f"{model}.rivals")
     write(result, folder / RESULT)
     write_reports([result], folder)
+
+
+def holds_everything(bundle: Path) -> bool:
+    """Whether a bundle is there with an encoder for every format and precision that is measured."""
+    if not bundle.is_dir():
+        return False
+    held = {(a.format, a.precision) for a in read_bundle(bundle).artifacts if a.graph == "encoder"}
+    return held >= {(f, p) for f in TIMED for p in PRECISIONS if (f, p) != ("onnx", "fp16")}
 
 
 def find_checkpoint(model: str, folder: Path) -> Path | None:
