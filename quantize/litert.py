@@ -25,7 +25,7 @@ CONVOLUTIONS = ("CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D_TRANSPOSE")
 WEIGHTED = (*CONVOLUTIONS, "FULLY_CONNECTED")
 # What stands between weighted layers and costs a conversion each way when left in float. Softmax, normalisation and
 # products of two computed tensors (attention) are left out on purpose: they stay in float.
-BETWEEN = ("ADD", "RESIZE_NEAREST_NEIGHBOR")
+BETWEEN = ("RESIZE_NEAREST_NEIGHBOR",)
 
 
 class Operator(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -16,12 +16,15 @@ from onnx import helper, numpy_helper
 from onnxruntime import quantization as ortq
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from pocketsam.quantize.onnx_ranges import write_ranges
+from pocketsam.quantize.onnx_sums import sum_in_float
 from pocketsam.quantize.recipes import Job, narrow_grid
 
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 WEIGHTED = (*CONVOLUTIONS, "Gemm", "MatMul")
-# What stands between weighted layers; softmax, normalisation and products of computed tensors stay in float.
-BETWEEN = ("Add", "Resize", "Clip", "Relu")
+# What stands between weighted layers; softmax, normalisation and products of computed tensors stay in float, and sums:
+# each would round a residual stream once more.
+BETWEEN = ("Resize", "Clip", "Relu")
 SMALLEST = 1024
 
 
@@ -60,16 +63,23 @@ class OnnxQuantizer:
         model = onnx.load(str(self._prepared))
         wanted = {n.name for n in self._weighted(model)} - keep
         chosen = [n.name for n in model.graph.node if n.name in wanted or n.op_type in BETWEEN]
+        # Written before the first file, and read for each.
+        ranges = Path(self._folder.name) / "ranges.json"
         with quiet():
+            if not ranges.exists():
+                every = {n.name for n in self._weighted(model)} | {n.name for n in model.graph.node
+                                                                   if n.op_type in BETWEEN}
+                write_ranges(self._prepared, every, self.job.inputs(1), ranges, self.job.threads)
             # Unsigned weights would not saturate either, and are ten times slower than fp32 on AVX2.
             ortq.quantize_static(
-                str(self._prepared), str(path), _Reader(self.job.inputs(1)), quant_format=ortq.QuantFormat.QDQ,
+                str(self._prepared), str(path), None, quant_format=ortq.QuantFormat.QDQ,
                 per_channel=True, extra_options={"TensorQuantOverrides": self._overrides(model, wanted)},
                 activation_type=ortq.QuantType.QUInt8,
                 weight_type=ortq.QuantType.QInt8, op_types_to_quantize=[*WEIGHTED, *BETWEEN],
-                nodes_to_quantize=chosen,
-                # Written by the first call and read by the following ones.
-                calibration_cache_path=Path(self._folder.name) / "ranges.json")
+                nodes_to_quantize=chosen, calibration_cache_path=ranges)
+        model = onnx.load(str(path))
+        sum_in_float(model.graph)
+        onnx.save(model, str(path))
 
     def _overrides(self, model: Any, wanted: set[str]) -> dict[str, list[dict[str, Any]]]:
         """The scales of weights that were rounded before, and ranges of activations; the tool would take others."""
@@ -131,16 +141,6 @@ def _dequantized(graph: Any, weight: Any, axis: int) -> str:
                               numpy_helper.from_array(scale.reshape(-1), names[1])])
     graph.node.insert(0, helper.make_node("DequantizeLinear", names[:2], names[2:], axis=axis, name=f"{names[2]}_node"))
     return names[2]
-
-
-class _Reader(ortq.CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
-    """Hands calibration inputs out one at a time."""
-
-    def __init__(self, inputs: Iterable[dict[str, Any]]) -> None:
-        self._inputs: Iterator[dict[str, Any]] = iter(inputs)
-
-    def get_next(self) -> dict[str, Any] | None:
-        return next(self._inputs, None)
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class OpenVinoQuantizer:
             import nncf
 
             model = self._read()
-            ignored = nncf.IgnoredScope(names=sorted({*keep, *self._products(model)}), validate=False)
+            ignored = nncf.IgnoredScope(names=sorted({*keep, *self._computed(model)}), validate=False)
             if self.job.recipe == "int8-weights":
                 done = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=ignored)
             else:
@@ -89,10 +89,13 @@ class OpenVinoQuantizer:
         return ov.Core().read_model(self.job.source / MODEL_FILE)
 
     @staticmethod
-    def _products(model: ov.Model) -> list[str]:
-        """Products of two computed tensors (attention, mask head): in 8 bits they collapse, so they stay in float."""
+    def _computed(model: ov.Model) -> list[str]:
+        """Products of two computed tensors (attention, mask head) collapse in 8 bits, and sums would round a residual
+        stream once more; both stay in float.
+        """
         return [o.get_friendly_name() for o in model.get_ordered_ops()
-                if o.get_type_name() == "MatMul" and not _weighted(o)]
+                if (o.get_type_name() == "MatMul" and not _weighted(o))
+                or (o.get_type_name() == "Add" and not _adds_constant(o))]
 
 
 def _weighted(operator: Any) -> bool:
