@@ -12,6 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 from pocketsam.quantize.onnx_sums import sum_in_float
 
 STEP = 0.1
+# No multiple of it is near half a step.
+GAIN = 0.3137
 
 
 def rounded(name: str) -> list[Any]:
@@ -22,8 +24,8 @@ def rounded(name: str) -> list[Any]:
 
 @pytest.fixture
 def graph() -> Any:
-    """A residual block as the tool leaves it: x is float; two convolutions, sums behind each, the last one an output."""
-    kernel = numpy_helper.from_array(np.full((1, 1, 1, 1), 0.5, np.float32), "kernel")
+    """A residual stream as the tool leaves it: x is float; two convolutions, a sum behind each, the last an output."""
+    kernel = numpy_helper.from_array(np.full((1, 1, 1, 1), GAIN, np.float32), "kernel")
     nodes = [helper.make_node("Abs", ["image"], ["x"]), *rounded("x"),
              helper.make_node("Conv", ["x_dq", "kernel"], ["a"]), *rounded("a"),
              helper.make_node("Add", ["x_dq", "a_dq"], ["b"]), *rounded("b"),
@@ -53,9 +55,9 @@ def test_streams_are_rounded_where_they_are_read_only(graph: Any) -> None:
     assert np.allclose(before[0], steps(before[0]), atol=1e-5)
     sum_in_float(graph)
     y, z = run(graph, image)
-    b = image + steps(steps(image) / 2)
-    expected = b + steps(steps(b) / 2)
+    b = image + steps(steps(image) * GAIN)
+    expected = b + steps(steps(b) * GAIN)
     assert np.allclose(y, expected, atol=1e-5)
     assert not np.allclose(y, steps(y), atol=1e-3), "the output is not rounded"
-    assert np.allclose(z, steps(expected) / 2, atol=1e-5), "what a convolution reads still is"
+    assert np.allclose(z, steps(expected) * GAIN, atol=1e-5), "what a convolution reads still is"
     assert [o.name for o in graph.output] == ["y", "z"]
