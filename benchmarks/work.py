@@ -116,6 +116,7 @@ READERS = {
 }
 # These formats hold the prompt decoder once for each batch size.
 FIXED_BATCHES = ("litert", "coreml")
+BYTE = 8
 
 
 def count(bundle: Bundle, format: str, precision: str, graph: str, batch: int = 1) -> Work:
@@ -142,6 +143,19 @@ def count(bundle: Bundle, format: str, precision: str, graph: str, batch: int = 
         raise UsageError(f"batch is {batch}; the {format} {graph} takes {wanted}.")
     path = bundle.file(bundle.find(format, precision, graph))
     return work_of(_reader(format)(path, spec, batch))
+
+
+def share_in_8_bits(bundle: Bundle, format: str, precision: str, graph: str) -> float:
+    """The share of a graph's stored numbers that take 8 bits, 0 to 1: how much of it was quantized.
+
+    Args and errors as :func:`count`.
+    """
+    spec = graph_spec(bundle, graph)
+    if format not in READERS:
+        raise UnknownName("format", format, READERS)
+    read = _reader(format)(bundle.file(bundle.find(format, precision, graph)), spec, 1)
+    stored = [read.tensors[name] for name in read.stored if name in read.tensors]
+    return sum(t.elements for t in stored if t.bits == BYTE) / max(1, sum(t.elements for t in stored))
 
 
 def graph_spec(bundle: Bundle, graph: str) -> GraphSpec:

@@ -14,6 +14,7 @@ from PIL import Image
 
 import pocketsam
 from pocketsam import registry
+from pocketsam.benchmarks.work import share_in_8_bits
 from pocketsam.bundle import read_bundle
 from pocketsam.errors import ImageError, ParityError, UnsupportedModel, UsageError
 from pocketsam.images import load_rgb
@@ -143,10 +144,26 @@ def test_every_recipe_runs_and_is_recorded(toy_everywhere: Path, toy_checkpoint:
                         for p in ("fp32", recipe))
     # Random weights amplify rounding; a wrong scale, axis or layout gives an error as large as the tensor.
     assert 0 < np.abs(exact - quantized).mean() < 0.5 * np.abs(exact).mean()
+    assert share_in_8_bits(bundle, format_, "fp32", "encoder") < 0.001
+    # The rest of the toy model is its table of positions.
+    assert share_in_8_bits(bundle, format_, recipe, "encoder") > 0.5
+    assert stored_compactly(out / encoder.path, format_, recipe)
     lines: list[str] = []
     pocketsam.export("toy_sam", checkpoint=toy_checkpoint, formats=[format_], precisions=["fp32", recipe], out=out,
                      images=[rgb], gate=0.3, report=lines.append)
     assert f"kept {format_} {recipe}" in lines
+
+
+def stored_compactly(path: Path, format_: str, recipe: str) -> bool:
+    """LiteRT: equal vectors are shared, which a plain rewrite undoes; OpenVINO: no indentation."""
+    if format_ == "openvino":
+        return b"\n" not in (path / "model.xml").read_bytes()
+    if (format_, recipe) != ("litert", "int8"):
+        return True
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    plain = flatbuffer_utils.convert_object_to_bytearray(flatbuffer_utils.read_model(str(path)))
+    return path.stat().st_size < 0.99 * len(plain)
 
 
 def test_unreachable_gate_writes_nothing(cli: Run, toy_checkpoint: Path, tmp_path: Path) -> None:

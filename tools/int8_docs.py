@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pocketsam
+from pocketsam.benchmarks.work import share_in_8_bits
 from pocketsam.bundle import Artifact, Bundle, read_bundle
 from pocketsam.doctor import machine
 from pocketsam.quantize.page import pictures
@@ -101,20 +102,23 @@ def untrained(bundle: Bundle) -> list[str]:
     """Sizes, times and layers of a model whose weights mean nothing."""
     out = [f"## {bundle.spec.name}", "",
            "Deterministic, untrained weights: sizes, times and what is quantized, and no accuracy.", "",
-           "| format | encoder MB fp32 | encoder MB int8 | x smaller | encoder x fp32 | slower | decoder |",
-           "|---|---|---|---|---|---|---|"]
+           "| format | encoder MB fp32 | encoder MB int8 | x smaller | numbers in 8 bits | encoder x fp32 | slower "
+           "| decoder |",
+           "|---|---|---|---|---|---|---|---|"]
     for format_ in FORMATS:
         rows = {a.graph: a for a in bundle.artifacts if (a.format, a.precision) == (format_, "int8")}
         if rows:
-            out.append(_sizes(format_, bundle.find(format_, "fp32", "encoder"), rows))
+            out.append(_sizes(bundle, bundle.find(format_, "fp32", "encoder"), rows))
     return [*out, ""]
 
 
-def _sizes(format_: str, fp32: Artifact, rows: dict[str, Artifact]) -> str:
+def _sizes(bundle: Bundle, fp32: Artifact, rows: dict[str, Artifact]) -> str:
     facts: dict[str, Any] = rows["encoder"].quantization
     ratio = facts["time_ratio"]
-    return " | ".join((f"| {format_}", f"{fp32.bytes / 1e6:.1f}", f"{rows['encoder'].bytes / 1e6:.1f}",
-                       f"{facts['size_ratio']:.2f}", "not measurable off a Mac" if ratio is None else f"{ratio:.2f}",
+    share = share_in_8_bits(bundle, fp32.format, "int8", "encoder")
+    return " | ".join((f"| {fp32.format}", f"{fp32.bytes / 1e6:.1f}", f"{rows['encoder'].bytes / 1e6:.1f}",
+                       f"{facts['size_ratio']:.2f}", f"{share:.1%}",
+                       "not measurable off a Mac" if ratio is None else f"{ratio:.2f}",
                        "yes: `auto` does not take it" if facts["slower"] else "no",
                        rows["decoder"].quantization.get("kept_in_float") or "int8")) + " |"
 
