@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketsam.batching import ENTRY_BATCHES
+from pocketsam.errors import UnsupportedModel
 from pocketsam.export.litert import _quiet as quiet
 from pocketsam.export.litert import signature_name
 from pocketsam.quantize.grid import Grid
@@ -109,7 +110,16 @@ class LiteRtQuantizer:
     def _tool(self, keep: frozenset[str]) -> Any:
         from ai_edge_quantizer import qtyping, quantizer
 
-        tool = quantizer.Quantizer(str(self.job.source))
+        class Quantizer(quantizer.Quantizer):  # type: ignore[misc]  # the tool has no types
+            """Checks that every tensor was calibrated without what the tool does for it: allocate all of them at once,
+            31 GB for SAM ViT-B.
+            """
+
+            def _ensure_model_qsv_sufficient(self, calibration_result: dict[str, Any]) -> None:
+                if missing := [name for name, found in calibration_result.items() if not found]:
+                    raise UnsupportedModel(f"LiteRT's calibration found no range of {missing[0]!r}.")
+
+        tool = Quantizer(str(self.job.source))
         for name in (*WEIGHTED, *BETWEEN) if self.job.recipe == "int8" else WEIGHTED:
             operation = qtyping.TFLOperationName(name)
             if self.job.recipe == "int8":
