@@ -120,7 +120,16 @@ BYTE = 8
 
 
 def count(bundle: Bundle, format: str, precision: str, graph: str, batch: int = 1) -> Work:
-    """The work of one call of an exported graph.
+    """The work of one call of an exported graph; arguments and errors as :func:`read_graph`.
+
+    Raises:
+        UnsupportedModel: the file holds an operator whose work is not known.
+    """
+    return work_of(read_graph(bundle, format, precision, graph, batch))
+
+
+def read_graph(bundle: Bundle, format: str, precision: str, graph: str, batch: int = 1) -> Graph:
+    """An exported graph as data.
 
     Args:
         format: ``onnx``, ``openvino``, ``litert`` or ``coreml``.
@@ -132,7 +141,6 @@ def count(bundle: Bundle, format: str, precision: str, graph: str, batch: int = 
         UsageError: a batch that the graph does not take.
         BundleError: the bundle lacks the artifact, or it is damaged.
         MissingDependency: the package that reads the format is not installed.
-        UnsupportedModel: the file holds an operator whose work is not known.
     """
     spec = graph_spec(bundle, graph)
     if format not in READERS:
@@ -142,18 +150,15 @@ def count(bundle: Bundle, format: str, precision: str, graph: str, batch: int = 
         wanted = " or ".join(map(str, allowed)) if allowed else "at least 1"
         raise UsageError(f"batch is {batch}; the {format} {graph} takes {wanted}.")
     path = bundle.file(bundle.find(format, precision, graph))
-    return work_of(_reader(format)(path, spec, batch))
+    return _reader(format)(path, spec, batch)
 
 
 def share_in_8_bits(bundle: Bundle, format: str, precision: str, graph: str) -> float:
     """The share of a graph's stored numbers that take 8 bits, 0 to 1: how much of it was quantized.
 
-    Args and errors as :func:`count`.
+    Arguments and errors as :func:`read_graph`.
     """
-    spec = graph_spec(bundle, graph)
-    if format not in READERS:
-        raise UnknownName("format", format, READERS)
-    read = _reader(format)(bundle.file(bundle.find(format, precision, graph)), spec, 1)
+    read = read_graph(bundle, format, precision, graph)
     stored = [read.tensors[name] for name in read.stored if name in read.tensors]
     return sum(t.elements for t in stored if t.bits == BYTE) / max(1, sum(t.elements for t in stored))
 

@@ -61,22 +61,21 @@ class OnnxQuantizer:
             self._write_weights(path, keep)
             return
         model = onnx.load(str(self._prepared))
-        wanted = {n.name for n in self._weighted(model)} - keep
-        chosen = [n.name for n in model.graph.node if n.name in wanted or n.op_type in BETWEEN]
+        weighted = {n.name for n in self._weighted(model)}
+        between = {n.name for n in model.graph.node if n.op_type in BETWEEN}
+        wanted = weighted - keep
         # Written before the first file, and read for each.
         ranges = Path(self._folder.name) / "ranges.json"
         with quiet():
             if not ranges.exists():
-                every = {n.name for n in self._weighted(model)} | {n.name for n in model.graph.node
-                                                                   if n.op_type in BETWEEN}
-                write_ranges(self._prepared, every, self.job.inputs(1), ranges, self.job.threads)
+                write_ranges(self._prepared, weighted | between, self.job.inputs(1), ranges, self.job.threads)
             # Unsigned weights would not saturate either, and are ten times slower than fp32 on AVX2.
             ortq.quantize_static(
                 str(self._prepared), str(path), None, quant_format=ortq.QuantFormat.QDQ,
                 per_channel=True, extra_options={"TensorQuantOverrides": self._overrides(model, wanted)},
                 activation_type=ortq.QuantType.QUInt8,
                 weight_type=ortq.QuantType.QInt8, op_types_to_quantize=[*WEIGHTED, *BETWEEN],
-                nodes_to_quantize=chosen, calibration_cache_path=ranges)
+                nodes_to_quantize=sorted(wanted | between), calibration_cache_path=ranges)
         model = onnx.load(str(path))
         sum_in_float(model.graph)
         onnx.save(model, str(path))
