@@ -20,7 +20,7 @@ from pocketsam.quantize.ranges import UINT8, affine
 from pocketsam.quantize.recipes import Job
 from pocketsam.runtimes.mil.program import load_package
 
-WEIGHTED = ("conv", "conv_transpose", "linear", "matmul")
+WEIGHTED = ("conv", "conv_transpose", "linear")
 SMALLEST = 1024
 
 
@@ -61,17 +61,14 @@ class CoreMlQuantizer:
         if self.job.recipe == "int8-weights" or self.job.prepared is None:
             self._round_weights(self.job.source, path, keep)
             return
-        # The operators of the source stand in execution order, as the layers do.
-        names = self.layers()
-        layers = self.job.prepared.layers
-        leading = self.job.prepared.floats
-        rounded = [i for i in range(leading, len(layers)) if i >= len(names) or names[i] not in keep]
+        prepared = self.job.prepared
+        sources = _operators(self.job.source, prepared.layers)
+        rounded = [i for i, name in enumerate(sources) if i >= prepared.floats and name not in keep]
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "activations.mlpackage"
-            self._convert(layers, rounded).save(str(package))
-            after = _weighted(package)
-            floats = {after[i] for i in range(len(after)) if i not in rounded}
-            self._round_weights(package, path, frozenset(floats))
+            self._convert(prepared.layers, rounded).save(str(package))
+            names = _operators(package, prepared.layers)
+            self._round_weights(package, path, frozenset(_weighted(package)) - {names[i] for i in rounded})
 
     def _convert(self, layers: Sequence[Layer], rounded: Sequence[int]) -> Any:
         module = copy.deepcopy(self.job.module)
@@ -88,14 +85,28 @@ class CoreMlQuantizer:
 
             config = cto.OptimizationConfig(
                 global_config=cto.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=SMALLEST),
-                op_name_configs=dict.fromkeys(keep))
+                op_type_configs={"matmul": None}, op_name_configs=dict.fromkeys(keep))
             cto.linear_quantize_weights(ct.models.MLModel(str(source), skip_model_load=True), config).save(str(path))
         (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
 
 
 def _weighted(package: Path) -> list[str]:
-    function = load_package(package).functions["main"]
-    return [next(iter(o.outputs)).name for o in function.operations if o.type in WEIGHTED]
+    """The weighted operators; a product with a table of positions is none."""
+    operations = load_package(package).functions["main"].operations
+    return [o.outputs[0].name for o in operations if o.type in WEIGHTED]
+
+
+def _operators(package: Path, layers: Sequence[Layer]) -> list[str]:
+    """The operator of each layer; both stand in execution order.
+
+    Raises:
+        UnsupportedModel: there are more of the ones than of the others.
+    """
+    names = _weighted(package)
+    if len(names) != len(layers):
+        raise UnsupportedModel(f"the Core ML program has {len(names)} weighted operators and the model {len(layers)} "
+                               "layers, so its activations cannot be quantized; use --precision int8-weights.")
+    return names
 
 
 def _rounding(layers: Sequence[tuple[Layer, Any]]) -> Iterator[Hook]:

@@ -101,8 +101,7 @@ class OpenVinoQuantizer:
 def _weighted(operator: Any) -> bool:
     if operator.get_type_name() not in WEIGHTED:
         return False
-    sources = [operator.input_value(i).get_node() for i in range(operator.get_input_size())]
-    return any(s.get_type_name() == "Constant" or _constant_behind(s) for s in sources)
+    return any(_constant(operator.input_value(i).get_node()) for i in range(operator.get_input_size()))
 
 
 def _weights(operator: Any) -> NDArray[np.float32] | None:
@@ -138,7 +137,7 @@ def _readers(operator: Any) -> list[Any]:
 
 
 def _adds_constant(node: Any) -> bool:
-    return any(node.input_value(i).get_node().get_type_name() in ("Constant", *PASSED) for i in range(2))
+    return any(_constant(node.input_value(i).get_node()) for i in range(2))
 
 
 def _narrow(quantizer: Any, span: Range) -> None:
@@ -155,10 +154,11 @@ def _narrow(quantizer: Any, span: Range) -> None:
         quantizer.input(i).replace_source_output(opset.constant(value).output(0))
 
 
-def _constant_behind(node: Any) -> bool:
-    """Weights may pass a conversion or a reshape before they reach their operator."""
-    return (node.get_type_name() in PASSED and node.get_input_size() > 0
-            and node.input_value(0).get_node().get_type_name() == "Constant")
+def _constant(node: Any) -> bool:
+    """Weights and biases may pass conversions and reshapes before they reach their operator."""
+    while node.get_type_name() in PASSED and node.get_input_size():
+        node = node.input_value(0).get_node()
+    return bool(node.get_type_name() == "Constant")
 
 
 @contextmanager
