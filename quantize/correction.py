@@ -29,10 +29,11 @@ from pocketsam.quantize.ranges import Range, clip, round_values
 from pocketsam.quantize.rounding import round_weights
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish)
-# Pixels of a batch: the activations of all its images are in memory at once.
-PIXELS = 8 * 512 ** 2
+# Images of a batch, and bytes that all layers may write for it: one image makes 0.9 GB in MobileSAM.
+BATCH_IMAGES = 8
+BATCH_BYTES = 2 << 30
 # Part of every int8 artifact's key: raise it when what this package computes changes.
-METHOD = 10
+METHOD = 11
 # Share of the weights that the leading layers in float may hold, the first one apart: lite0's stem and two blocks.
 FLOAT_SHARE = 0.002
 
@@ -48,6 +49,7 @@ class Layer:
             clipped to.
         activated: its output goes to an activation, and is rounded only behind it.
         order: of execution.
+        written: bytes of its output for one image.
         scales: (O,) of its rounded weights; None while they are float.
     """
 
@@ -57,6 +59,7 @@ class Layer:
     writes: Range = (0.0, 0.0)
     activated: bool = False
     order: int = 0
+    written: int = 0
     scales: Tensor | None = None
 
 
@@ -101,21 +104,19 @@ def prepare(module: nn.Module, images: Sequence[Rgb], grid: Grid, activations: b
     if activations:
         equalize(changed, images)
     layers = [Layer(m) for m in changed.modules() if isinstance(m, Weighted)]
-    batch: list[Tensor] = []
     with hooked(_observe(layers, changed)):
         for image in images:
-            x = torch.from_numpy(image)
-            changed(x)
-            if (len(batch) + 1) * x.shape[1] ** 2 <= PIXELS or not batch:
-                batch.append(x)
+            changed(torch.from_numpy(image))
     layers.sort(key=lambda layer: layer.order)
     floats = _leading(layers)
-    rounded, images_seen = layers[floats:], torch.cat(batch)
+    rounded = layers[floats:]
+    count = min(BATCH_IMAGES, len(images), max(1, BATCH_BYTES // sum(layer.written for layer in layers)))
+    batch = torch.from_numpy(np.concatenate(images[:count]))
     if activations:
         with hooked(clip(rounded)):
-            changed(images_seen)
-    with hooked(_correct(rounded, grid, activations, len(batch))):
-        changed(images_seen)
+            changed(batch)
+    with hooked(_correct(rounded, grid, activations, count)):
+        changed(batch)
     return Prepared(changed, layers, floats)
 
 
@@ -138,6 +139,7 @@ def _observe(layers: Sequence[Layer], module: nn.Module) -> Iterator[Hook]:
 
     def look(layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         layer.order = next(count)
+        layer.written = output.nbytes
         layer.means.append(_channel_means(output, layer.module))
         layer.reads = _widened(layer.reads, inputs[0])
         layer.writes = _widened(layer.writes, output)

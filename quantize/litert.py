@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from importlib import metadata
@@ -17,6 +16,7 @@ from pocketsam.errors import UnsupportedModel
 from pocketsam.export.litert import _quiet as quiet
 from pocketsam.export.litert import signature_name
 from pocketsam.quantize.grid import Grid
+from pocketsam.quantize.litert_file import compact
 from pocketsam.quantize.recipes import Job
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class LiteRtQuantizer:
                     self._statistics[name].update(min=np.full_like(self._statistics[name]["min"], low),
                                                   max=np.full_like(self._statistics[name]["max"], high))
             tool.quantize(self._statistics).export_model(str(path), overwrite=True)
-            _share_vectors(path)
+            compact(path)
 
     def _samples(self) -> dict[str, Any]:
         batches = ENTRY_BATCHES if self.job.spec.name == "decoder" else (1,)
@@ -133,23 +133,3 @@ class LiteRtQuantizer:
             tool.update_quantization_recipe(regex=f"(^|;){re.escape(layer)};", algorithm_key="no_quantize",
                                             operation_name=qtyping.TFLOperationName.ALL_SUPPORTED)
         return tool
-
-
-def _share_vectors(path: Path) -> None:
-    """Write equal vectors once: the zero points of symmetric weights, eight bytes a channel, are zeros everywhere."""
-    import flatbuffers
-    from ai_edge_litert.tools import flatbuffer_utils
-
-    class Sharing(flatbuffers.Builder):  # type: ignore[misc]  # flatbuffers has no types
-        """Remembers the arrays that it has written."""
-
-        def CreateNumpyVector(self, array: NDArray[Any]) -> int:  # noqa: N802 (flatbuffers' name)
-            key = array.dtype.str + hashlib.sha256(array.tobytes()).hexdigest()
-            if key not in known:
-                known[key] = super().CreateNumpyVector(array)
-            return known[key]
-
-    known: dict[str, int] = {}
-    builder = Sharing(1 << 20)
-    builder.Finish(flatbuffer_utils.read_model(str(path)).Pack(builder), file_identifier=b"TFL3")
-    path.write_bytes(builder.Output())

@@ -17,15 +17,15 @@ from onnxruntime import quantization as ortq
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from pocketsam.quantize.onnx_ranges import write_ranges
-from pocketsam.quantize.onnx_sums import sum_in_float
+from pocketsam.quantize.onnx_sums import SUMS, sum_in_float
 from pocketsam.quantize.recipes import Job, narrow_grid
+from pocketsam.quantize.tables import SMALLEST, Table, along, in_8_bits, is_table
 
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 WEIGHTED = (*CONVOLUTIONS, "Gemm", "MatMul")
 # What stands between weighted layers; softmax, normalisation and products of computed tensors stay in float, and sums:
 # each would round a residual stream once more.
 BETWEEN = ("Resize", "Clip", "Relu")
-SMALLEST = 1024
 
 
 class OnnxQuantizer:
@@ -78,7 +78,7 @@ class OnnxQuantizer:
                 nodes_to_quantize=sorted(wanted | between), calibration_cache_path=ranges)
         model = onnx.load(str(path))
         sum_in_float(model.graph)
-        onnx.save(model, str(path))
+        _save(model, path)
 
     def _overrides(self, model: Any, wanted: set[str]) -> dict[str, list[dict[str, Any]]]:
         """The scales of weights that were rounded before, and ranges of activations; the tool would take others."""
@@ -111,13 +111,9 @@ class OnnxQuantizer:
                 continue
             if name not in done:
                 axis = 0 if node.op_type == "Conv" or _transposed(node) else 1
-                done[name] = _dequantized(model.graph, values[name], axis)
+                done[name] = _dequantized(model.graph, name, along(numpy_helper.to_array(values[name]), axis))
             node.input[1] = done[name]
-        used = {i for n in model.graph.node for i in n.input}
-        left = [i for i in model.graph.initializer if i.name in used]
-        del model.graph.initializer[:]
-        model.graph.initializer.extend(left)
-        onnx.save(model, str(path))
+        _save(model, path)
 
 
 def _span(ends: tuple[float, float]) -> dict[str, Any]:
@@ -129,17 +125,32 @@ def _transposed(node: Any) -> bool:
     return node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
 
 
-def _dequantized(graph: Any, weight: Any, axis: int) -> str:
-    """Add int8 values, scales per channel of ``axis`` and the operator that joins them; returns its output's name."""
-    array = numpy_helper.to_array(weight)
-    others = tuple(i for i in range(array.ndim) if i != axis)
-    scale = np.maximum(np.abs(array).max(others, keepdims=True) / 127, 1e-12).astype(np.float32)
-    rounded = np.clip(np.rint(array / scale), -127, 127).astype(np.int8)
-    names = [f"{weight.name}_{end}" for end in ("int8", "scale", "float")]
-    graph.initializer.extend([numpy_helper.from_array(rounded, names[0]),
-                              numpy_helper.from_array(scale.reshape(-1), names[1])])
-    graph.node.insert(0, helper.make_node("DequantizeLinear", names[:2], names[2:], axis=axis, name=f"{names[2]}_node"))
+def _dequantized(graph: Any, name: str, table: Table) -> str:
+    """Add codes, scales and the operator that joins them; returns its output's name."""
+    names = [f"{name}_{end}" for end in ("int8", "scale", "float")]
+    graph.initializer.extend([numpy_helper.from_array(table.codes, names[0]),
+                              numpy_helper.from_array(table.scales, names[1])])
+    graph.node.insert(0, helper.make_node("DequantizeLinear", names[:2], names[2:], axis=table.axis,
+                                          name=f"{names[2]}_node"))
     return names[2]
+
+
+def _save(model: Any, path: Path) -> None:
+    """Write a graph with its tables in 8 bits, and without constants that nothing reads."""
+    graph = model.graph
+    tables = {i.name: i for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT and is_table(tuple(i.dims))}
+    done: dict[str, str] = {}
+    for node in [n for n in graph.node if n.op_type in SUMS]:
+        for i, name in enumerate(node.input):
+            if name in tables:
+                done[name] = done.get(name) or _dequantized(graph, name,
+                                                            in_8_bits(numpy_helper.to_array(tables[name])))
+                node.input[i] = done[name]
+    used = {i for n in graph.node for i in n.input}
+    left = [i for i in graph.initializer if i.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(left)
+    onnx.save(model, str(path))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from openvino import opset13 as opset
 
 from pocketsam.export.openvino import MODEL_FILE, save
 from pocketsam.quantize.recipes import Job, narrow_grid
+from pocketsam.quantize.tables import in_8_bits, is_table
 
 if TYPE_CHECKING:
     from pocketsam.quantize.correction import Layer
@@ -60,6 +61,7 @@ class OpenVinoQuantizer:
                 done = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=ignored)
             else:
                 done = self._quantized(model, ignored)
+            _store_tables(done)
             save(done, path)
 
     def _quantized(self, model: ov.Model, ignored: Any) -> ov.Model:
@@ -138,6 +140,18 @@ def _readers(operator: Any) -> list[Any]:
 
 def _adds_constant(node: Any) -> bool:
     return any(_constant(node.input_value(i).get_node()) for i in range(2))
+
+
+def _store_tables(model: ov.Model) -> None:
+    """Tables that are added go to 8 bits."""
+    for operator in model.get_ordered_ops():
+        for i in range(2 if operator.get_type_name() == "Add" else 0):
+            node = operator.input_value(i).get_node()
+            if node.get_type_name() == "Constant" and is_table(tuple(node.get_output_shape(0))):
+                table = in_8_bits(np.array(node.data, np.float32))
+                codes = opset.convert(opset.constant(table.codes), "f32")
+                operator.input(i).replace_source_output(
+                    opset.multiply(codes, opset.constant(table.column())).output(0))
 
 
 def _narrow(quantizer: Any, span: Range) -> None:
