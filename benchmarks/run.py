@@ -17,6 +17,7 @@ from pocketsam.doctor import machine
 from pocketsam.errors import BenchmarkError
 from pocketsam.files import staged_file
 from pocketsam.predictor import Predictor
+from pocketsam.remembered import Remembered
 
 RESULT, CSV, PAGE = "bench.json", "bench.csv", "bench.html"
 # So many of a runtime's operators are named, and kinds shown apart.
@@ -180,7 +181,7 @@ def _add_accuracy(bundle: Bundle, result: dict[str, Any], samples: accuracy.Data
     """Agreement with PyTorch and quality against the labels, once for each runtime and precision."""
     eager = next(t for t in targets_of(bundle, [max(result["settings"]["threads"])], options.checkpoint, False)
                  if t.reference)
-    reference = Predictor(open_target(eager))
+    reference = Predictor(Remembered(open_target(eager)))
     report("quality of pytorch fp32")
     truth = accuracy.quality(reference, samples.spread(options.images), options.regions)
     done: dict[tuple[str, str], dict[str, Any]] = {}

@@ -19,12 +19,13 @@ from pocketsam.errors import BundleError, ParityError, UnsupportedModel
 from pocketsam.files import sha256_path, size_of
 from pocketsam.images import Rgb
 from pocketsam.parity import GATES
-from pocketsam.quantize.agreement import Remembered, agreement, slower, time_ratio
+from pocketsam.quantize.agreement import agreement, slower, time_ratio
 from pocketsam.quantize.calibration import CalibrationSet
 from pocketsam.quantize.correction import METHOD, Prepared, prepare
 from pocketsam.quantize.grid import Grid
 from pocketsam.quantize.recipes import Job, check
 from pocketsam.quantize.search import Search
+from pocketsam.remembered import Remembered
 from pocketsam.runtime import Runtime
 from pocketsam.specs import CLICK_GRAPHS
 from pocketsam.tune import graph_calls

@@ -20,8 +20,8 @@ from pocketsam.parity import PROMPTS_PER_IMAGE, Agreement, mask_iou, sample_prom
 from pocketsam.photos import photo_paths
 from pocketsam.predictor import Predictor, best_token
 from pocketsam.prompts import Prompt
-from pocketsam.quantize.agreement import Remembered
 from pocketsam.registry import RUNTIME_FORMATS
+from pocketsam.remembered import Remembered
 
 HEADS = ("format", "recipe", "encoder MB", "size ratio", "box mean / p5 / worst", "point mean / p5 / worst", "flips",
          "retention box / point", "encoder time ratio", "slower", "decoder", "float layers")

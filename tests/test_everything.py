@@ -25,8 +25,8 @@ from pocketsam.images import Rgb, load_rgb
 from pocketsam.models.catalog import spec as spec_of
 from pocketsam.photos import photo_paths
 from pocketsam.predictor import Predictor
-from pocketsam.quantize.agreement import Remembered
 from pocketsam.regions import clean, label_regions
+from pocketsam.remembered import Remembered
 from pocketsam.windows import Window, shape_of, to_image, upscale_bands
 
 TOY = Settings(points_per_side=8, pred_iou=0.3, stability=0.5)
