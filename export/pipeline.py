@@ -37,7 +37,8 @@ PARITY_IMAGES = 3
 def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], precisions: Sequence[str], out: Path,
                   slots: int = DEFAULT_SLOTS, gate: float | None = None, images: Sequence[ImageLike] | None = None,
                   image_size: int | None = None, clicks: bool = True, report: Report = lambda text: None,
-                  calibration: Path | None = None, search_seconds: float = 0) -> Bundle:
+                  calibration: Path | None = None, calibration_images: int = 32,
+                  search_seconds: float = 0) -> Bundle:
     """Export a model and prove every artifact against the PyTorch reference.
 
     Args:
@@ -53,6 +54,7 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
         clicks: make the click graphs too, for models that have them.
         report: called with one line per step.
         calibration: for int8: folder or pack of images; by default the photos that ship with the package.
+        calibration_images: for int8: how many images to calibrate on.
         search_seconds: for int8: how long to look for layers to keep in float when a gate is missed.
 
     Raises:
@@ -70,7 +72,7 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
     loaded = load_model(model, checkpoint, image_size)
     sha256 = weights_sha256(loaded)
     images_to_calibrate = None if not recipes else registry.entry("pocketsam.quantize.calibration:collect")(
-        calibration, loaded.spec)
+        calibration, loaded.spec, calibration_images)
     weights: dict[str, Any] = {"sha256": sha256, "file": checkpoint.name, "file_sha256": sha256_file(checkpoint),
                                "licence": licence_of(model)}
     report(f"weights licence of {model}: {weights['licence']}")

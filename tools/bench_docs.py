@@ -2,17 +2,21 @@
 
     python tools/bench_docs.py WORK_FOLDER [MODEL ...] [--checkpoints FOLDER] [--calibration PACK] [--data PACK]
         [--rounds 10] [--write]
+    python tools/make_models_doc.py --measured WORK_FOLDER       # the same results, a line for each model
 
 Models without a checkpoint ``FOLDER/MODEL.pt`` get deterministic, untrained weights: speed and size do not depend on
 them, and their agreement says how exact the export is; their int8 files are not held to a gate. A bundle in the folder
-that holds everything is not exported again, a model whose ``bench.json`` is complete is not measured again.
+that holds everything is not exported again, a model whose ``bench.json`` is complete is not measured again. What
+a format that refuses a model says is kept in the model's folder. ``--discard`` removes what was exported.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -36,11 +40,14 @@ from pocketsam.parity import compare
 from pocketsam.photos import photo_paths
 from pocketsam.predictor import Predictor
 from pocketsam.registry import FORMATS
+from pocketsam.registry import MODELS as REGISTERED
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = (BUILTIN_MODEL, "mobile_sam", "sam_vit_b")
 PRECISIONS = ("fp32", "fp16", "int8")
-HEAVY = "sam_vit"
+# Long calls: fewer rounds and prompts.
+HEAVY = ("sam_vit", "sam_hq_vit_b", "sam2.1", "efficient_sam", "efficientvit_sam_xl", "repvit")
+REFUSED = "refused.json"
 # Core ML files are not timed elsewhere; where the bundle has them already, their size and agreement are shown.
 TIMED = [f for f in FORMATS if f != "coreml" or sys.platform == "darwin"]
 INTRO = """\
@@ -68,6 +75,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--images", type=int, default=60, help="photos of --data")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--discard", action="store_true", help="keep the results only")
     parser.add_argument("--write", action="store_true", help="only write the document from what is in the folder")
     args = parser.parse_args()
     # Workers import the rivals by name.
@@ -75,7 +83,7 @@ def main() -> None:
     for model in () if args.write else args.models:
         measure(model, args)
     results = {p.parent.name: read(p) for p in sorted(args.work.glob(f"*/{RESULT}"))}
-    ordered = [results[m] for m in (*MODELS, *sorted(set(results) - set(MODELS))) if m in results]
+    ordered = [results[m] for m in (*MODELS, *[m for m in REGISTERED if m not in MODELS]) if m in results]
     (ROOT / "docs" / "benchmarks.md").write_text(document(ordered), encoding="utf-8")
 
 
@@ -88,19 +96,58 @@ def measure(model: str, args: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(model, args.checkpoints or args.work)
     bundle = args.work / f"{model}.bundle"
     if not holds_everything(bundle):
-        pocketsam.export(model, checkpoint=checkpoint, formats=TIMED, precisions=list(PRECISIONS), out=bundle,
-                         gate=None if model == BUILTIN_MODEL else 0.0, calibration=args.calibration, report=print)
-    others = rival_targets(model, checkpoint_for(model, checkpoint), args.work / f"{model}.rivals")
+        export(model, checkpoint, bundle, folder, args.calibration)
+    led = model in MODELS
+    others = rival_targets(model, checkpoint_for(model, checkpoint), args.work / f"{model}.rivals") if led else ()
     heavy = model.startswith(HEAVY)
     plan = replace(Plan(), rounds=max(3, args.rounds // 3), calls=(1, 10), warmup=1) if heavy else \
         replace(Plan(), rounds=args.rounds)
     data = args.data if model == BUILTIN_MODEL else None
     options = Options(plan=plan, checkpoint=str(checkpoint or ""), data=data, images=args.images, regions=8,
-                      rivals=others)
+                      rivals=others, operators=led)
     result = run(bundle, options, folder, print)
     add_rival_facts(result, model, checkpoint, others, args.work / f"{model}.rivals")
     write(result, folder / RESULT)
     write_reports([result], folder)
+    if args.discard:
+        shutil.rmtree(bundle)
+        shutil.rmtree(args.work / f"{model}.rivals", ignore_errors=True)
+
+
+def export(model: str, checkpoint: Path | None, bundle: Path, folder: Path, calibration: Path | None) -> None:
+    """Every format that takes the model; what the others say is written down.
+
+    lite0 and the models that lead the documents are exported at once and must not fail.
+    """
+    def make(formats: list[str], precisions: list[str], **options: Any) -> None:
+        pocketsam.export(model, checkpoint=checkpoint, formats=formats, precisions=precisions, out=bundle,
+                         calibration=calibration, report=print, **options)
+
+    if model in MODELS:
+        make(list(TIMED), list(PRECISIONS), gate=None if model == BUILTIN_MODEL else 0.0)
+        return
+    # One photo and few calibration images: their weights show no accuracy.
+    few: dict[str, Any] = {"images": photo_paths()[:1], "calibration_images": 8, "clicks": False}
+    refused: dict[str, str] = {}
+
+    def attempt(formats: list[str], precision: str) -> bool:
+        try:
+            make(formats, list(dict.fromkeys(["fp32", precision])), **few, gate=None if precision == "fp32" else 0.0)
+        except PocketSamError as e:
+            refused[f"{' '.join(formats)} {precision}"] = str(e)
+            return False
+        return True
+
+    taken = [f for f in FORMATS if attempt([f], "fp32")]
+    for format_ in [f for f in taken if f != "onnx"]:
+        attempt([format_], "fp16")
+    # Together, as they share what is prepared.
+    if taken and not attempt(taken, "int8"):
+        refused.popitem()
+        for format_ in taken:
+            attempt([format_], "int8")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / REFUSED).write_text(json.dumps(refused, indent=2) + "\n", encoding="utf-8")
 
 
 def holds_everything(bundle: Path) -> bool:

@@ -3,7 +3,7 @@
     python tools/make_models_doc.py [docs/models.md] [--measured FOLDER]
 
 Multiply-accumulates are counted by torch on the meta device, with attention in its explicit form; nothing is loaded.
-Times and sizes come from FOLDER/MODEL.json, the output of ``tools/measure_main_path.py`` for that model.
+Times and sizes come from the folder that ``tools/bench_docs.py`` fills.
 """
 
 from __future__ import annotations
@@ -42,16 +42,17 @@ all code with a sibling whose outputs are compared.
 MEASURED = """
 ## Speed and size
 
-Encoders in fp32, one image at the native side, PyTorch eager against the exported formats: each runtime in a process of
-its own, taking turns, by `python tools/measure_main_path.py BUNDLE MODEL --checkpoint FILE`. Times are medians; *times
-faster* is the median over rounds of the ratio to PyTorch, so that a drift of the machine cancels. The best format is
-the one with the highest ratio; Core ML needs a Mac and is not timed. Sizes are those of encoder and decoder together,
-in fp32. A dash: not measured.
+Encoders, one image at the native side, PyTorch eager against the exported formats: each runtime in a process of its
+own, taking turns, by `python tools/bench_docs.py FOLDER MODEL ...`. Times are medians; *times faster* is the median
+over rounds of the ratio to PyTorch, so that a drift of the machine cancels. The best is the runtime with the highest
+ratio; Core ML needs a Mac and is not timed. Sizes are those of the encoder in MB, fp32 / int8. Weights are
+deterministic and untrained, so nothing is said of what int8 does to masks; formats that refuse a model are named below
+the table. A dash: not measured.
 
-| model | PyTorch, ms | best format | its ms | times faster | ONNX, MB | OpenVINO, MB | LiteRT, MB | Core ML, MB |
-|---|---|---|---|---|---|---|---|---|
+| model | PyTorch, ms | best in fp32 | ms | times faster | best of all | times faster | ONNX | OpenVINO | LiteRT | Core ML |
+|---|---|---|---|---|---|---|---|---|---|---|
 """
-REFERENCE = "pytorch fp32"
+RESULT, REFUSED = "bench.json", "refused.json"
 
 
 def encoder_gflops(name: str) -> tuple[float, float]:
@@ -75,30 +76,37 @@ def row(name: str) -> str:
 
 
 def measurements(folder: Path | None) -> dict[str, dict[str, Any]]:
-    """Model -> what was measured of it."""
-    found = {} if folder is None else {f.stem: json.loads(f.read_text("utf-8")) for f in sorted(folder.glob("*.json"))}
-    for name, data in found.items():
-        if data["model"] != name:
-            sys.exit(f"{name}.json holds measurements of {data['model']}; name each file after its model.")
+    """Model -> its benchmark, complete ones only, with what was refused under ``refused``."""
+    found = {}
+    for file in [] if folder is None else sorted(folder.glob(f"*/{RESULT}")):
+        data = json.loads(file.read_text("utf-8"))
+        if data["model"]["name"] != file.parent.name:
+            sys.exit(f"{file} holds measurements of {data['model']['name']}; name each folder after its model.")
+        refused = file.with_name(REFUSED)
+        if data["complete"]:
+            found[file.parent.name] = {**data, "refused": json.loads(refused.read_text("utf-8"))
+                                       if refused.exists() else {}}
     return found
 
 
-def best_of(encoder: dict[str, dict[str, float]]) -> str:
-    """The fp32 runtime with the highest ratio to PyTorch."""
-    exported = [n for n in encoder if n != REFERENCE and n.endswith(" fp32")]
-    return max(exported, key=lambda n: encoder[n]["times_faster"])
+def best_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row with the highest ratio to PyTorch."""
+    best: dict[str, Any] = max(rows, key=lambda r: r["encoder"]["times_pytorch"]["value"])
+    return best
 
 
 def speed_row(name: str, data: dict[str, Any] | None) -> str:
     """One line of the second table."""
     if data is None:
-        return f"| {name} |" + " - |" * 8 + "\n"
-    encoder = data["encoder"]
-    best = best_of(encoder)
-    cells = [f"{encoder[REFERENCE]['p50_ms']:.0f}", best.removesuffix(" fp32"), f"{encoder[best]['p50_ms']:.0f}",
-             f"{encoder[best]['times_faster']:.2f}"]
-    files = [data["files"].get(f"{f} fp32") for f in registry.FORMATS]
-    cells += ["-" if f is None else f"{f['mb']:.1f}" for f in files]
+        return f"| {name} |" + " - |" * 10 + "\n"
+    eager = next(r for r in data["rows"] if r["reference"])
+    timed = [r for r in data["rows"] if r["format"] and r["status"] == "ok"]
+    exact, fast = best_of([r for r in timed if r["precision"] == "fp32"]), best_of(timed)
+    cells = [f"{eager['encoder']['p50_ms']:.0f}", exact["runtime"], f"{exact['encoder']['p50_ms']:.0f}",
+             f"{exact['encoder']['times_pytorch']['value']:.2f}", f"{fast['runtime']} {fast['precision']}",
+             f"{fast['encoder']['times_pytorch']['value']:.2f}"]
+    sizes = {(r["format"], r["precision"]): f"{r['bytes']['encoder'] / 1e6:.1f}" for r in data["rows"] if r["format"]}
+    cells += [" / ".join(sizes.get((f, p), "-") for p in ("fp32", "int8")) for f in registry.FORMATS]
     return f"| {name} | {' | '.join(cells)} |\n"
 
 
@@ -107,10 +115,10 @@ def conditions(measured: dict[str, dict[str, Any]]) -> str:
     groups: dict[str, list[str]] = {}
     for name, data in measured.items():
         host = data["machine"]
-        versions = ", ".join(f"{n.removesuffix(' fp32')} {v}" for n, v in data["versions"].items()
-                             if n.endswith(" fp32"))
-        text = (f"{data['threads']} threads on {host['cores']} cores of {host['cpu']} ({' '.join(host['features'])}), "
-                f"{host['system']}, Python {host['python']}; {versions}.")
+        versions = ", ".join(dict.fromkeys(f"{r['runtime']} {r['version']}" for r in data["rows"]
+                                           if r["status"] == "ok" and (r["format"] or r["reference"])))
+        text = (f"{max(data['settings']['threads'])} threads on {host['cores']} cores of {host['cpu']} "
+                f"({' '.join(host['features'])}), {host['system']}, Python {host['python']}; {versions}.")
         groups.setdefault(text, []).append(name)
     if not groups:
         return ""
@@ -119,18 +127,24 @@ def conditions(measured: dict[str, dict[str, Any]]) -> str:
     return "".join(f"\nMeasured for {', '.join(names)} with {text}\n" for text, names in groups.items())
 
 
+def refusals(measured: dict[str, dict[str, Any]]) -> str:
+    """What formats said that did not take a model."""
+    lines = [f"- {name}, {what}: {reason}\n" for name, data in measured.items()
+             for what, reason in data["refused"].items()]
+    return "\nNot exported:\n\n" + "".join(lines) if lines else ""
+
+
 def document(names: list[str], measured: dict[str, dict[str, Any]]) -> str:
     """The whole page."""
-    if unknown := sorted(set(measured) - set(names)):
-        sys.exit(f"no such model: {', '.join(unknown)}.")
-    return (HEAD + "".join(row(n) for n in names) + MEASURED + "".join(speed_row(n, measured.get(n)) for n in names)
-            + conditions(measured))
+    shown = {n: measured[n] for n in names if n in measured}
+    return (HEAD + "".join(row(n) for n in names) + MEASURED + "".join(speed_row(n, shown.get(n)) for n in names)
+            + conditions(shown) + refusals(shown))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path, nargs="?", default=ROOT / "docs" / "models.md")
-    parser.add_argument("--measured", type=Path, help="Folder of MODEL.json files.")
+    parser.add_argument("--measured", type=Path, help="Folder that tools/bench_docs.py filled.")
     args = parser.parse_args()
     names = [n for n in registry.MODELS if n != "lite0"]
     args.target.write_text(document(names, measurements(args.measured)), encoding="utf-8")

@@ -39,6 +39,8 @@ def export(
                                               "have them.")] = True,
     calibration: Annotated[Path | None, typer.Option(help="For int8: folder or pack of images; default: the shipped "
                                                           "photos and crops of them.")] = None,
+    calibration_images: Annotated[int, typer.Option(help="For int8: images to calibrate on; fewer are quicker and "
+                                                         "less certain.")] = 32,
     search: Annotated[float, typer.Option(help="For int8: seconds to look for layers to keep in float when the gate "
                                                "is missed, for each format.")] = 0,
     json_: Json = False,
@@ -53,7 +55,8 @@ def export(
     model = model or "lite0"
     bundle = pocketsam.export(model, checkpoint=checkpoint, formats=formats(to), precisions=names(precision),
                               out=output or Path(f"{model}.bundle"), slots=slots, gate=gate, images=images,
-                              image_size=image_size, clicks=clicks, calibration=calibration, search_seconds=search,
+                              image_size=image_size, clicks=clicks, calibration=calibration,
+                              calibration_images=calibration_images, search_seconds=search,
                               report=lambda t: progress(t, json_))
     if json_:
         from pocketsam.bundle import to_json

@@ -19,6 +19,8 @@ def quantize(
                                              "int8-weights.")] = "int8",
     calibration: Annotated[Path | None, typer.Option(help="Folder or pack of images to calibrate on; default: the "
                                                           "shipped photos and crops of them.")] = None,
+    calibration_images: Annotated[int, typer.Option(help="Images to calibrate on; fewer are quicker and "
+                                                         "less certain.")] = 32,
     gate: Annotated[float | None, typer.Option(help="Least mean mask agreement with PyTorch; default 0.97.")] = None,
     search: Annotated[float, typer.Option(help="Seconds to look for layers to keep in float when the gate is missed, "
                                                "for each format.")] = 300,
@@ -36,7 +38,8 @@ def quantize(
     opened = read_bundle(bundle)
     name = opened.spec.name
     done = pocketsam.export(name, checkpoint=checkpoint, formats=opened.formats(), precisions=["fp32", *names(recipe)],
-                            out=bundle, slots=opened.slots, gate=gate, calibration=calibration, search_seconds=search,
+                            out=bundle, slots=opened.slots, gate=gate, calibration=calibration,
+                            calibration_images=calibration_images, search_seconds=search,
                             report=lambda t: progress(t, json_))
     reference = pocketsam.load(name, checkpoint=checkpoint, runtime="pytorch")
     try:
