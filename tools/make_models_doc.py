@@ -49,7 +49,7 @@ ratio; Core ML needs a Mac and is not timed. Sizes are those of the encoder in M
 deterministic and untrained, so nothing is said of what int8 does to masks; formats that refuse a model are named below
 the table. A dash: not measured.
 
-| model | PyTorch, ms | best in fp32 | ms | times faster | best of all | times faster | ONNX | OpenVINO | LiteRT | Core ML |
+| model | PyTorch ms | best fp32 | ms | times faster | best of all | times faster | ONNX | OpenVINO | LiteRT | Core ML |
 |---|---|---|---|---|---|---|---|---|---|---|
 """
 RESULT, REFUSED = "bench.json", "refused.json"
