@@ -107,7 +107,8 @@ def prepare(module: nn.Module, images: Sequence[Rgb], grid: Grid, activations: b
     with hooked(_observe(layers, changed)):
         for image in images:
             changed(torch.from_numpy(image))
-    layers.sort(key=lambda layer: layer.order)
+    # A module may hold layers that it does not run, such as a classifier.
+    layers = sorted((layer for layer in layers if layer.means), key=lambda layer: layer.order)
     floats = _leading(layers)
     rounded = layers[floats:]
     count = min(BATCH_IMAGES, len(images), max(1, BATCH_BYTES // sum(layer.written for layer in layers)))

@@ -172,3 +172,27 @@ def test_corrected_biases_bring_channel_means_back(lite0_images: list[Any]) -> N
 @pytest.fixture(scope="module")
 def lite0_images() -> list[Any]:
     return list(collect(None, spec("lite0"), count=4).encoder_inputs(spec("lite0")))
+
+
+class WithClassifier(torch.nn.Module):
+    """Two layers that run, and one between them in the module that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv2d(3, 64, 3)
+        self.head = torch.nn.Linear(64, 1000)
+        self.second = torch.nn.Conv2d(64, 64, 3)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.second(self.first(image.permute(0, 3, 1, 2).float() / 255).relu())
+        return y
+
+
+def test_layers_that_do_not_run_are_left_alone() -> None:
+    torch.manual_seed(0)
+    module = WithClassifier().eval().requires_grad_(False)
+    image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    prepared = prepare(module, [image], "full", True)
+    assert [tuple(layer.module.weight.shape) for layer in prepared.layers] == [(64, 3, 3, 3), (64, 64, 3, 3)]
+    assert [layer.scales is None for layer in prepared.layers] == [True, False]
+    assert torch.equal(prepared.module.head.weight, module.head.weight)
