@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pocketsam.quantize.ranges import Range
 
 PASSED = ("Convert", "Reshape", "Transpose")
+# Operators that add a table, and which of their inputs it can be.
+ADDED = {"Add": (0, 1), "ScaledDotProductAttention": (3,)}
 WEIGHTED = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul")
 
 
@@ -82,9 +84,11 @@ class OpenVinoQuantizer:
             if (name := operator.get_friendly_name()) in rounded:
                 weights, layer = rounded[name]
                 _requantize(operator, weights, layer)
-                _narrow(operator.input_value(0).get_node(), layer.reads)
+                _narrow(_behind(operator.input_value(0).get_node()), layer.reads)
                 for reader in [] if layer.activated else _readers(operator):
                     _narrow(reader, layer.writes)
+        for operator in done.get_ordered_ops():
+            _flatten(operator)
         return done
 
     def _read(self) -> ov.Model:
@@ -111,9 +115,7 @@ def _weights(operator: Any) -> NDArray[np.float32] | None:
     if not _weighted(operator):
         return None
     for i in range(operator.get_input_size()):
-        node = operator.input_value(i).get_node()
-        while node.get_type_name() in PASSED and node.get_input_size():
-            node = node.input_value(0).get_node()
+        node = _behind(operator.input_value(i).get_node())
         if node.get_type_name() == "Constant":
             return np.array(node.data, np.float32)
     return None
@@ -145,7 +147,9 @@ def _adds_constant(node: Any) -> bool:
 def _store_tables(model: ov.Model) -> None:
     """Tables that are added go to 8 bits."""
     for operator in model.get_ordered_ops():
-        for i in range(2 if operator.get_type_name() == "Add" else 0):
+        for i in ADDED.get(operator.get_type_name(), ()):
+            if i >= operator.get_input_size():
+                continue
             node = operator.input_value(i).get_node()
             if node.get_type_name() == "Constant" and is_table(tuple(node.get_output_shape(0))):
                 table = in_8_bits(np.array(node.data, np.float32))
@@ -163,16 +167,29 @@ def _narrow(quantizer: Any, span: Range) -> None:
     scale, zero = affine(*span)
     ends = (-zero * scale, (UINT8 - zero) * scale)
     for i in range(1, 5):
-        shape = list(quantizer.input_value(i).get_shape())
-        value = np.full(shape, ends[(i - 1) % 2], np.float32)
+        value = np.full([1] * len(quantizer.input_value(i).get_shape()), ends[(i - 1) % 2], np.float32)
         quantizer.input(i).replace_source_output(opset.constant(value).output(0))
 
 
-def _constant(node: Any) -> bool:
-    """Weights and biases may pass conversions and reshapes before they reach their operator."""
+def _flatten(operator: Any) -> None:
+    """One range for a whole activation: before a depthwise convolution the tool takes one for each index of axis 1,
+    which are the tokens of a transformer, each as the calibration photos had them.
+    """
+    if operator.get_type_name() == "FakeQuantize":
+        low, high = (np.array(operator.input_value(i).get_node().data) for i in (1, 2))
+        if low.size > 1:
+            _narrow(operator, (min(0.0, float(low.min())), max(0.0, float(high.max()))))
+
+
+def _behind(node: Any) -> Any:
+    """What a tensor is before it passes conversions and reshapes."""
     while node.get_type_name() in PASSED and node.get_input_size():
         node = node.input_value(0).get_node()
-    return bool(node.get_type_name() == "Constant")
+    return node
+
+
+def _constant(node: Any) -> bool:
+    return bool(_behind(node).get_type_name() == "Constant")
 
 
 @contextmanager

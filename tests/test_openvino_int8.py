@@ -1,0 +1,35 @@
+"""Ranges in quantized OpenVINO graphs."""
+
+from __future__ import annotations
+
+import numpy as np
+import openvino as ov
+import pytest
+from openvino import opset13 as opset
+
+from pocketsam.quantize.openvino import _behind, _flatten
+
+LEVELS = 256
+
+
+def test_tokens_share_one_range() -> None:
+    """A range for each token, as the tool gives before depthwise convolutions, clips what later photos show there."""
+    x = opset.parameter([1, 4, 8], np.float32, name="x")
+    lows = np.zeros((1, 4, 1), np.float32)
+    highs = np.array([1, 2, 3, 4], np.float32).reshape(1, 4, 1)
+    rounded = opset.fake_quantize(x, lows, highs, lows, highs, LEVELS)
+    model = ov.Model([opset.reshape(rounded, np.array([1, 32]), special_zero=False)], [x])
+    _flatten(rounded)
+    values = np.random.default_rng(0).uniform(0, 4, (1, 4, 8)).astype(np.float32)
+    answer = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([values])[0]
+    step = 4 / (LEVELS - 1)
+    assert np.abs(answer.reshape(1, 4, 8) - values).max() <= step / 2 * 1.001
+    assert all(rounded.input_value(i).get_node().data.size == 1 for i in range(1, 5))
+
+
+@pytest.mark.parametrize("passes", [0, 2])
+def test_reshapes_are_looked_through(passes: int) -> None:
+    node = source = opset.parameter([1, 4, 8], np.float32)
+    for i in range(passes):
+        node = opset.reshape(node, np.array([1, 32] if i else [4, 8]), special_zero=False)
+    assert _behind(node).get_friendly_name() == source.get_friendly_name()
