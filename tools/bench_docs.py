@@ -60,9 +60,10 @@ back, ± (p90 - p50) / p50; `x floor` is the distance to the larger of FLOPs / m
 bandwidth. `agreement` is the mean mask IoU with PyTorch. Memory is the peak of a process that holds both graphs. Method
 and limits: [bench-schema.md](bench-schema.md).
 
-torch.compile is PyTorch's own compiler on both halves. Rows named torch.onnx.export and ORT dynamic int8 are what a plain exporter ships: the model without our rewrites, in
-ONNX Runtime with default options, and ONNX Runtime's dynamic quantization of it. The row transformers is Hugging Face's
-SamModel in PyTorch, with random weights. Models other than lite0 carry deterministic, untrained weights here.
+torch.compile is PyTorch's own compiler on both halves. Rows named torch.onnx.export and ORT dynamic int8 are what a
+plain exporter ships: the model without our rewrites, in ONNX Runtime with default options, and ONNX Runtime's dynamic
+quantization of it. The row transformers is Hugging Face's SamModel in PyTorch, with random weights. Models other than
+lite0 carry deterministic, untrained weights here.
 """
 
 
