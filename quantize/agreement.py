@@ -44,8 +44,3 @@ def time_ratio(fast: Callable[[], Any], base: Callable[[], Any], rounds: int = R
 def slower(ratio: float | None) -> bool:
     """Whether a time ratio to fp32 says slower, beyond noise; None is not measured."""
     return ratio is not None and ratio * NOISE < 1
-
-
-def faster(ratio: float | None) -> bool:
-    """Whether a time ratio to fp32 says faster, beyond noise; None is not measured."""
-    return ratio is not None and ratio > NOISE
