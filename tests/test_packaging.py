@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -55,21 +56,32 @@ def test_constraints_pin_what_the_project_requires() -> None:
     assert not {"torchvision", "timm"} & set(pins)
 
 
+def build(folder: Path) -> Path:
+    """The wheel of this tree."""
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)], check=True,
+                   capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def environment(folder: Path, wanted: str) -> Path:
+    """The interpreter of a new virtual environment with the pinned versions of what is wanted."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = folder / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), wanted], check=True)
+    return python
+
+
 @pytest.mark.slow
 def test_wheel_in_a_fresh_environment(tmp_path: Path) -> None:
     """Build the wheel, install it in a new environment, run it from another folder; torch is never there."""
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)], check=True,
-                   capture_output=True)
-    wheel = next(tmp_path.glob("*.whl"))
+    wheel = build(tmp_path)
     names = zipfile.ZipFile(wheel).namelist()
     for package in project()["tool"]["setuptools"]["packages"]:
         assert f"{package.replace('.', '/')}/__init__.py" in names
     assert "pocketsam/assets/photos/cat.jpg" in names
     assert "pocketsam/py.typed" in names
     assert not [n for n in names if n.startswith(("tests/", "export/", "models/"))]
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
-    python = tmp_path / "env" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheel)], check=True)
+    python = environment(tmp_path / "env", str(wheel))
     command = tmp_path / "env" / "bin" / "pocketsam"
     for arguments in (["--help"], ["--version"], ["models"], ["doctor"], ["segment", "--help"]):
         done = subprocess.run([command, *arguments], cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
@@ -80,3 +92,23 @@ def test_wheel_in_a_fresh_environment(tmp_path: Path) -> None:
     done = subprocess.run(export, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 2
     assert "pip install 'pocketsam[export]'" in " ".join(done.stderr.split())
+
+
+@pytest.mark.slow
+def test_everything_runs_without_torch(tmp_path: Path, toy_everywhere: Path) -> None:
+    """All masks of a photo on every engine, where torch is not installed."""
+    python = environment(tmp_path / "env", f"{build(tmp_path)}[onnx,openvino,litert]")
+    listed = subprocess.run([python, "-m", "pip", "list"], capture_output=True, encoding="utf-8", check=True).stdout
+    assert "torch" not in listed
+    photo = ROOT / "src/pocketsam/assets/photos/cat.jpg"
+    found = {}
+    for runtime in ("onnxruntime", "openvino", "litert"):
+        out = tmp_path / runtime
+        command = [python.with_name("pocketsam"), "everything", photo, "-o", out, "--bundle", toy_everywhere,
+                   "--runtime", runtime, "--grid", "4", "--pred-iou", "0", "--stability", "0", "--threads", "1"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
+        assert done.returncode == 0, done.stderr
+        assert (out / "overlays" / "cat.jpg.png").stat().st_size > 0
+        found[runtime] = len(json.loads((out / "labels" / "cat.jpg.json").read_text())["annotations"])
+    assert min(found.values()) > 0
+    assert len(set(found.values())) == 1, found
