@@ -8,25 +8,25 @@ an application loads: peak memory is that of the pair.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pocketsam.benchmarks.processes import Guest, Worker, available_mb
 from pocketsam.benchmarks.statistics import disturbed, ratio, summary
 from pocketsam.benchmarks.targets import EVALUATOR_NOTE, Target
 
 GRAPHS = ("encoder", "decoder")
 TOLERANCE = 0.2
+# Share of the available memory that processes may hold between their turns.
+ROOM = 0.5
 Report = Callable[[str], None]
 
 
@@ -60,6 +60,7 @@ class Measured:
         status: ``ok``, or what went wrong or why it is not timed.
         facts: of the opening: load_ms, first_ms by graph, version, note.
         cold: the same with empty caches, or empty.
+        resident: its process stays between turns; otherwise there was no room, and it is opened anew for each.
         times: graph -> for each kept round the call times in milliseconds.
     """
 
@@ -68,41 +69,8 @@ class Measured:
     facts: dict[str, Any] = field(default_factory=dict)
     cold: dict[str, Any] = field(default_factory=dict)
     peak_mb: float = 0.0
+    resident: bool = True
     times: dict[str, list[list[float]]] = field(default_factory=lambda: {g: [] for g in GRAPHS})
-
-
-class Worker:
-    """A target's process."""
-
-    def __init__(self, target: Target, cache: Path) -> None:
-        command = [sys.executable, "-m", "pocketsam.benchmarks.worker", json.dumps(asdict(target))]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, encoding="utf-8",
-                                        env={**os.environ, "POCKETSAM_CACHE": str(cache)})
-        self.facts = self._read()
-
-    def time(self, graph: str, count: int) -> dict[str, Any]:
-        """``times``: milliseconds of ``count`` calls, readback included; ``peak_mb``."""
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(f"{graph} {count}\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            return {"problem": self._ended()}
-        return self._read()
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.communicate()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        return dict(json.loads(line)) if line else {"problem": self._ended()}
-
-    def _ended(self) -> str:
-        return f"the process ended with exit status {self.process.wait()}"
 
 
 def measure(targets: list[Target], plan: Plan, report: Report,
@@ -136,7 +104,8 @@ def results(rows: list[Measured], against: Measured | None = None) -> dict[tuple
         t = row.target
         eager = next((r for r in rows if r.target.reference and r.target.threads == t.threads), None)
         entry: dict[str, Any] = {"status": row.status, "load_ms": row.facts.get("load_ms"), "peak_mb": row.peak_mb,
-                                 "version": row.facts.get("version", ""), "cold": row.cold or None}
+                                 "resident": row.resident, "version": row.facts.get("version", ""),
+                                 "cold": row.cold or None}
         for graph in GRAPHS:
             entry[graph] = _graph(row, graph, eager, against)
         out[t.runtime, t.precision, t.threads] = entry
@@ -170,8 +139,10 @@ def _untimed(target: Target) -> bool:
 
 @contextmanager
 def _opened(rows: list[Measured], cache: Path, report: Report) -> Iterator[dict[int, Worker]]:
-    """Row index -> its worker; what cannot be opened becomes a status."""
+    """Row index -> its worker; what cannot be opened becomes a status, and what finds no room a guest."""
     workers: dict[int, Worker] = {}
+    available = available_mb()
+    room, held = float("inf") if available is None else ROOM * available, 0.0
     try:
         for i, row in enumerate(rows):
             if _untimed(row.target):
@@ -184,7 +155,9 @@ def _opened(rows: list[Measured], cache: Path, report: Report) -> Iterator[dict[
                 worker.close()
                 continue
             row.facts, row.peak_mb = worker.facts, worker.facts["peak_mb"]
-            workers[i] = worker
+            row.resident = held + row.peak_mb <= room
+            workers[i] = worker if row.resident else Guest(worker)
+            held += row.peak_mb if row.resident else 0.0
         yield workers
     finally:
         for worker in workers.values():
@@ -248,6 +221,7 @@ def _turns(rows: list[Measured], workers: dict[int, Worker],
             rows[i].peak_mb = answer["peak_mb"]
         else:
             times[i] = got
+            worker.rest()
     return probe, times
 
 

@@ -28,6 +28,8 @@ def note(row: dict[str, Any]) -> str:
         found.append(f"slower than {row['slower_than']}, which is more accurate")
     if fallbacks := row.get("fallbacks"):
         found.append(f"{fallbacks} operators off the fast path")
+    if row.get("resident") is False:
+        found.append("opened anew for each turn")
     return "; ".join(found)
 
 

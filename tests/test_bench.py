@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pocketsam.benchmarks import latency
+from pocketsam.benchmarks import latency, processes
 from pocketsam.benchmarks.compare import compare
 from pocketsam.benchmarks.latency import Measured, Plan, results
 from pocketsam.benchmarks.page import page
@@ -90,6 +90,8 @@ def test_disturbed_rounds_are_measured_again_and_dropped(monkeypatch: pytest.Mon
         def time(self, graph: str, count: int) -> dict[str, Any]:
             Fake.calls += graph == "encoder"
             return {"times": [float(Fake.calls)] * count, "peak_mb": 1.0}
+
+        def rest(self) -> None: ...
 
         def close(self) -> None: ...
 
@@ -238,6 +240,22 @@ def test_a_real_run(bench_run: Path) -> None:
     assert row["encoder"]["times_against"]["value"] == 1.0
     assert row["peak_mb"] > 20
     assert {p.name for p in bench_run.iterdir()} == {"bench.json", "bench.csv", "bench.html"}
+
+
+def test_what_finds_no_room_comes_for_its_turns(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for one process: the first stays, the second is opened anew for each turn, and both are timed."""
+    # A process of the toy model takes some 100 MB.
+    monkeypatch.setattr(latency, "available_mb", lambda: 150 / latency.ROOM)
+    opened: list[Path] = []
+    open_ = processes.Worker.open
+    monkeypatch.setattr(processes.Worker, "open", lambda self: (opened.append(self.cache), open_(self)))
+    kept: list[Measured] = []
+    latency.measure([Target("onnxruntime", "fp32", 1, "onnx", str(toy_bundle))] * 2, Plan(rounds=2, calls=(1, 2), warmup=1, extra=0, cold=False), lambda t: None,
+                    lambda rows, quality: kept.__setitem__(slice(None), rows))
+    assert [r.resident for r in kept] == [True, False]
+    assert all(r.status == "ok" and [len(t) for t in r.times["decoder"]] == [2, 2] for r in kept)
+    # Twice at the start, then the guest for the warm-up and for each round.
+    assert len(opened) == 2 + 3
 
 
 def test_compare_and_merge_commands(cli: Run, bench_run: Path, tmp_path: Path) -> None:

@@ -1,0 +1,99 @@
+"""A process for each target of a benchmark; where memory is too small for all at once, some come for their turns."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pocketsam.benchmarks.targets import Target
+
+
+class Worker:
+    """A target's process.
+
+    Attributes:
+        facts: of the opening, or ``problem``.
+    """
+
+    def __init__(self, target: Target, cache: Path) -> None:
+        self.target, self.cache = target, cache
+        self.open()
+
+    def open(self) -> None:
+        """Start the process, open the target and call both graphs once."""
+        command = [sys.executable, "-m", "pocketsam.benchmarks.worker", json.dumps(asdict(self.target))]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, encoding="utf-8",
+                                        env={**os.environ, "POCKETSAM_CACHE": str(self.cache)})
+        self.facts = self._read()
+
+    def time(self, graph: str, count: int) -> dict[str, Any]:
+        """``times``: milliseconds of ``count`` calls, readback included; ``peak_mb``."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(f"{graph} {count}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return {"problem": self._ended()}
+        return self._read()
+
+    def rest(self) -> None:
+        """The turn is over."""
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        return dict(json.loads(line)) if line else {"problem": self._ended()}
+
+    def _ended(self) -> str:
+        return f"the process ended with exit status {self.process.wait()}"
+
+
+class Guest(Worker):
+    """A target that is open during its turns only. The calls of its opening warm it up each time."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.target, self.cache, self.process, self.facts = worker.target, worker.cache, worker.process, worker.facts
+        self._here = True
+        self.rest()
+
+    def time(self, graph: str, count: int) -> dict[str, Any]:
+        """As of a worker; opens the target first if it is away."""
+        if not self._here:
+            # What is told of the opening stays that of the first one.
+            facts = self.facts
+            self.open()
+            self._here, opened, self.facts = True, self.facts, facts
+            if "problem" in opened:
+                return opened
+        return super().time(graph, count)
+
+    def rest(self) -> None:
+        """Leave."""
+        self.close()
+
+    def close(self) -> None:
+        """End the process if there is one."""
+        if self._here:
+            super().close()
+        self._here = False
+
+
+def available_mb() -> float | None:
+    """Memory that programs can still have, in 10^6 bytes; None where the system does not tell."""
+    file = Path("/proc/meminfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("MemAvailable:")), None)
