@@ -250,7 +250,8 @@ def test_what_finds_no_room_comes_for_its_turns(toy_bundle: Path, monkeypatch: p
     open_ = processes.Worker.open
     monkeypatch.setattr(processes.Worker, "open", lambda self: (opened.append(self.cache), open_(self)))
     kept: list[Measured] = []
-    latency.measure([Target("onnxruntime", "fp32", 1, "onnx", str(toy_bundle))] * 2, Plan(rounds=2, calls=(1, 2), warmup=1, extra=0, cold=False), lambda t: None,
+    plan = Plan(rounds=2, calls=(1, 2), warmup=1, extra=0, cold=False)
+    latency.measure([Target("onnxruntime", "fp32", 1, "onnx", str(toy_bundle))] * 2, plan, lambda t: None,
                     lambda rows, quality: kept.__setitem__(slice(None), rows))
     assert [r.resident for r in kept] == [True, False]
     assert all(r.status == "ok" and [len(t) for t in r.times["decoder"]] == [2, 2] for r in kept)
