@@ -145,8 +145,8 @@ def test_every_recipe_runs_and_is_recorded(toy_everywhere: Path, toy_checkpoint:
     # Random weights amplify rounding; a wrong scale, axis or layout gives an error as large as the tensor.
     assert 0 < np.abs(exact - quantized).mean() < 0.5 * np.abs(exact).mean()
     assert share_in_8_bits(bundle, format_, "fp32", "encoder") < 0.001
-    # The first layer is 39 % of the toy model.
-    assert share_in_8_bits(bundle, format_, recipe, "encoder") > 0.55
+    # The first layer is 39 % of the toy model, and Core ML leaves its small matrices alone.
+    assert share_in_8_bits(bundle, format_, recipe, "encoder") > 0.5
     assert stored_compactly(out / encoder.path, format_, recipe)
     lines: list[str] = []
     pocketsam.export("toy_sam", checkpoint=toy_checkpoint, formats=[format_], precisions=["fp32", recipe], out=out,
