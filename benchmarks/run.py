@@ -181,9 +181,11 @@ def _add_accuracy(bundle: Bundle, result: dict[str, Any], samples: accuracy.Data
     """Agreement with PyTorch and quality against the labels, once for each runtime and precision."""
     eager = next(t for t in targets_of(bundle, [max(result["settings"]["threads"])], options.checkpoint, False)
                  if t.reference)
-    reference = Predictor(Remembered(open_target(eager)))
+    reference = Predictor(open_target(eager))
     report("quality of pytorch fp32")
     truth = accuracy.quality(reference, samples.spread(options.images), options.regions)
+    # Every candidate is compared on the same prompts; the labels are asked once.
+    remembered = Predictor(Remembered(reference.runtime))
     done: dict[tuple[str, str], dict[str, Any]] = {}
     for row in result["rows"]:
         pair = row["runtime"], row["precision"]
@@ -196,7 +198,7 @@ def _add_accuracy(bundle: Bundle, result: dict[str, Any], samples: accuracy.Data
             report(f"accuracy of {' '.join(pair)}")
             target = Target(*pair, max(result["settings"]["threads"]), row["format"], str(bundle.root))
             candidate = Predictor(open_target(target))
-            agreed = accuracy.agreement(reference, candidate, samples, options.images, options.prompts)
+            agreed = accuracy.agreement(remembered, candidate, samples, options.images, options.prompts)
             quality = accuracy.quality(candidate, samples.spread(options.images), options.regions)
             done[pair] = {"agreement": agreed, "quality": quality, "retention": accuracy.retention(quality, truth)}
         row |= done[pair]

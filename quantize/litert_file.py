@@ -20,6 +20,11 @@ def compact(path: Path) -> None:
     model = flatbuffer_utils.read_model(str(path))
     for graph in model.subgraphs:
         _store_tables(model, graph)
+    # What only a table pointed to.
+    used = {t.buffer for g in model.subgraphs for t in g.tensors} | {m.buffer for m in model.metadata or ()}
+    for i, buffer in enumerate(model.buffers):
+        if i not in used:
+            buffer.data = None
     builder = _Sharing(1 << 20)
     builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
     path.write_bytes(builder.Output())
@@ -45,11 +50,6 @@ def _store_tables(model: Any, graph: Any) -> None:
              for i in o.inputs}
     for index in sorted(i for i in added if _is_float_table(model, graph.tensors[i])):
         _store(model, graph, index)
-    # What only a table pointed to.
-    used = {t.buffer for g in model.subgraphs for t in g.tensors} | {m.buffer for m in model.metadata or ()}
-    for i, buffer in enumerate(model.buffers):
-        if i not in used:
-            buffer.data = None
 
 
 def _is_float_table(model: Any, tensor: Any) -> bool:

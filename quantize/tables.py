@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-INT8 = 127
+from pocketsam.quantize.grid import INT8
+
 # Numbers below which a table is not worth an operator.
 SMALLEST = 1024
 

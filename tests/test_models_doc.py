@@ -75,3 +75,5 @@ def test_folders_are_read_whole_and_refusals_shown(tool: ModuleType, tmp_path: P
     (tmp_path / "edge_sam" / "bench.json").write_text(json.dumps(measured("edgetam")))
     with pytest.raises(SystemExit, match="holds measurements of edgetam"):
         tool.measurements(tmp_path)
+    with pytest.raises(SystemExit, match="no such model: unheard_of"):
+        tool.document(["edge_sam"], {"unheard_of": measured("unheard_of")})

@@ -136,6 +136,8 @@ def refusals(measured: dict[str, dict[str, Any]]) -> str:
 
 def document(names: list[str], measured: dict[str, dict[str, Any]]) -> str:
     """The whole page."""
+    if unknown := sorted(set(measured) - set(registry.MODELS)):
+        sys.exit(f"no such model: {', '.join(unknown)}.")
     shown = {n: measured[n] for n in names if n in measured}
     return (HEAD + "".join(row(n) for n in names) + MEASURED + "".join(speed_row(n, shown.get(n)) for n in names)
             + conditions(shown) + refusals(shown))
