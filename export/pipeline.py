@@ -26,7 +26,7 @@ from pocketsam.models.catalog import spec as spec_of
 from pocketsam.models.checkpoints import licence_of
 from pocketsam.models.loading import load_model, weights_sha256
 from pocketsam.parity import GATES, compare, compare_clicks
-from pocketsam.photos import photo_paths
+from pocketsam.photos import CALIBRATION_IMAGES, photo_paths
 from pocketsam.predictor import Predictor
 from pocketsam.specs import CLICK_GRAPHS, DEFAULT_SLOTS, GraphSpec, ModelSpec, TensorSpec
 
@@ -37,7 +37,7 @@ PARITY_IMAGES = 3
 def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], precisions: Sequence[str], out: Path,
                   slots: int = DEFAULT_SLOTS, gate: float | None = None, images: Sequence[ImageLike] | None = None,
                   image_size: int | None = None, clicks: bool = True, report: Report = lambda text: None,
-                  calibration: Path | None = None, calibration_images: int = 32,
+                  calibration: Path | None = None, calibration_images: int = CALIBRATION_IMAGES,
                   search_seconds: float = 0) -> Bundle:
     """Export a model and prove every artifact against the PyTorch reference.
 

@@ -12,14 +12,13 @@ import numpy as np
 from pocketsam.errors import ImageError, UsageError
 from pocketsam.geometry import Frame, to_model_image
 from pocketsam.images import Rgb, image_id, load_rgb
-from pocketsam.photos import photo_paths
+from pocketsam.photos import CALIBRATION_IMAGES, photo_paths
 from pocketsam.predictor import Predictor
 from pocketsam.prompts import Prompt, decoder_inputs
 from pocketsam.quantize.packs import is_pack, pack_images
 from pocketsam.runtime import Runtime, Tensors
 from pocketsam.specs import ModelSpec
 
-DEFAULT_IMAGES = 32
 # With fewer, one unusual photo decides the activation ranges.
 FEW_IMAGES = 8
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -79,7 +78,7 @@ class CalibrationSet:
                 yield {**embedding.features, **decoder_inputs(chosen, embedding.frame, runtime.spec, slots)}
 
 
-def collect(source: Path | None, spec: ModelSpec, count: int = DEFAULT_IMAGES, seed: int = 0) -> CalibrationSet:
+def collect(source: Path | None, spec: ModelSpec, count: int = CALIBRATION_IMAGES, seed: int = 0) -> CalibrationSet:
     """Calibration images from a folder, a pack (a tar with ``index.json``), or the photos that ship with the package.
 
     More photos than ``count`` are drawn from at random; fewer are filled up with seeded crops of themselves.
@@ -151,7 +150,7 @@ def _warnings(unique: Sequence[Rgb], given: int, spec: ModelSpec) -> list[str]:
         found.append(f"only {len(unique)} different calibration photos, filled up with crops of them: "
                      f"activation ranges "
                      f"follow those few and clip what other photos reach; give at least {FEW_IMAGES}, better "
-                     f"{DEFAULT_IMAGES}, with --calibration DIR.")
+                     f"{CALIBRATION_IMAGES}, with --calibration DIR.")
     small = sum(max(i.shape[:2]) < spec.image_size for i in unique)
     if small:
         found.append(f"{small} of {len(unique)} calibration images are smaller than the model's "

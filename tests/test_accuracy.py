@@ -174,7 +174,7 @@ def test_bad_packs(tmp_path: Path) -> None:
     with pytest.raises(LabelError, match="does not exist"):
         open_data(tmp_path / "none.tar")
     (tmp_path / "junk.tar").write_text("junk")
-    with pytest.raises(LabelError, match="labelled pack"):
+    with pytest.raises(LabelError, match="as a pack"):
         open_data(tmp_path / "junk.tar")
     (tmp_path / "empty").mkdir()
     with pytest.raises(LabelError, match="no JSON"):

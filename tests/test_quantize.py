@@ -19,9 +19,9 @@ from pocketsam.bundle import read_bundle
 from pocketsam.errors import ImageError, ParityError, UnsupportedModel, UsageError
 from pocketsam.images import load_rgb
 from pocketsam.models.catalog import spec
-from pocketsam.photos import photo_paths
+from pocketsam.photos import CALIBRATION_IMAGES, photo_paths
 from pocketsam.quantize.agreement import slower
-from pocketsam.quantize.calibration import DEFAULT_IMAGES, collect
+from pocketsam.quantize.calibration import collect
 from pocketsam.quantize.recipes import RECIPES, check
 from pocketsam.quantize.search import Search
 from pocketsam.tune import Candidate, choose
@@ -52,7 +52,7 @@ def photos(tmp_path: Path) -> Path:
 
 def test_shipped_photos_are_filled_up_and_warned_about() -> None:
     found = collect(None, spec("lite0"))
-    assert (len(found.images), found.distinct) == (DEFAULT_IMAGES, len(photo_paths()))
+    assert (len(found.images), found.distinct) == (CALIBRATION_IMAGES, len(photo_paths()))
     assert any("only 7 different" in w and "--calibration" in w for w in found.warnings)
     again = collect(None, spec("lite0"))
     assert all(np.array_equal(a, b) for a, b in zip(found.images, again.images, strict=True))
@@ -135,7 +135,7 @@ def test_every_recipe_runs_and_is_recorded(toy_everywhere: Path, toy_checkpoint:
     assert encoder.bytes < fp32.bytes
     assert encoder.sha256 != fp32.sha256
     assert encoder.quantization["recipe"] == recipe
-    assert encoder.quantization["calibration"]["images"] == DEFAULT_IMAGES
+    assert encoder.quantization["calibration"]["images"] == CALIBRATION_IMAGES
     assert (encoder.quantization["time_ratio"] is None) == (format_ == "coreml")
     assert decoder.quantization["kept_in_float"] == "" or decoder.path.endswith(bundle.find(format_, "fp32",
                                                                                            "decoder").path)

@@ -18,6 +18,7 @@ from PIL import Image
 from tars import write_tar
 from torch import Tensor, nn
 
+from pocketsam.labelled import read_pack
 from pocketsam.models.lite0 import lite0
 from pocketsam.models.mask_decoder import MaskDecoder
 from pocketsam.models.prompt_encoder import EMPTY_SLOT, PADDING_POINT, PromptEncoder
@@ -32,7 +33,7 @@ from pocketsam.training.distance import centre_point, inner_distance
 from pocketsam.training.distill import ModelTeacher
 from pocketsam.training.evaluate import evaluate, pearson, table
 from pocketsam.training.loop import CHECKPOINT, LOG, Phase, Recipe, Trainer, schedule
-from pocketsam.training.packs import Cache, build_cache, nearest_index, read_pack
+from pocketsam.training.packs import Cache, build_cache, nearest_index
 from pocketsam.training.prompts import correction_clicks, depth, first_prompts, jitter_boxes, sample_points
 from pocketsam.training.rounds import chosen_logits, episode
 from pocketsam.training.ship import load_weights, ship

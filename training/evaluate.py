@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pocketsam.geometry import Frame, to_model_image
+from pocketsam.labelled import Labelled, read_pack
 from pocketsam.models.prompt_encoder import EMPTY_SLOT, PADDING_POINT
 from pocketsam.models.sam import Features, SegmentAnything
 from pocketsam.specs import ModelSpec
 from pocketsam.training.batches import boxes_of
 from pocketsam.training.distance import centre_point, centre_points
 from pocketsam.training.losses import mask_iou
-from pocketsam.training.packs import Sample, read_pack
 from pocketsam.training.prompts import Prompts
 from pocketsam.training.rounds import answer, chosen_logits, set_input_size
 
@@ -73,7 +73,7 @@ def evaluate(model: SegmentAnything, pack: Path, size: int | None = None, most: 
         size: input side S instead of the model's.
         most: at most this many regions of each image, drawn over all its layers; None takes every region.
         seed: of that draw.
-        images: stop after this many.
+        images: at most this many, spread evenly.
     """
     model.eval()
     side = size or model.spec.image_size
@@ -81,9 +81,7 @@ def evaluate(model: SegmentAnything, pack: Path, size: int | None = None, most: 
     set_input_size(model, side)
     generator = torch.Generator().manual_seed(seed)
     results: list[Region] = []
-    for i, sample in enumerate(read_pack(pack)):
-        if i == images:
-            break
+    for sample in read_pack(pack, limit=images):
         masks = region_masks(sample, most, generator)
         for start in range(0, len(masks), 16):
             results.extend(_evaluate_image(model, spec, sample, masks[start:start + 16]))
@@ -91,7 +89,7 @@ def evaluate(model: SegmentAnything, pack: Path, size: int | None = None, most: 
     return results
 
 
-def region_masks(sample: Sample, most: int | None, generator: torch.Generator) -> Tensor:
+def region_masks(sample: Labelled, most: int | None, generator: torch.Generator) -> Tensor:
     """Bool (R, H, W): the regions of all layers, or ``most`` of them at random."""
     layers = [torch.from_numpy(layer) for layer in sample.layers]
     all_ids = [(layer, int(k)) for layer in layers for k in torch.unique(layer) if k > 0]
@@ -100,7 +98,7 @@ def region_masks(sample: Sample, most: int | None, generator: torch.Generator) -
     return torch.stack(masks) if masks else torch.zeros(0, *sample.image.shape[:2], dtype=torch.bool)
 
 
-def _evaluate_image(model: SegmentAnything, spec: ModelSpec, sample: Sample, masks: Tensor) -> list[Region]:
+def _evaluate_image(model: SegmentAnything, spec: ModelSpec, sample: Labelled, masks: Tensor) -> list[Region]:
     device = next(model.parameters()).device
     frame = Frame.of(sample.image.shape[0], sample.image.shape[1], spec)
     pixels = torch.from_numpy(to_model_image(sample.image, frame, spec)).to(device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pocketsam.models.lite0 import LiteEncoder
 from pocketsam.models.sam import SegmentAnything
+from pocketsam.photos import CALIBRATION_IMAGES
 from pocketsam.training.augment import Augment
 from pocketsam.training.batches import Batch, Cut, image_weights, make_batch
 from pocketsam.training.feed import Feed, seeded
@@ -241,7 +242,7 @@ def parameter_groups(model: SegmentAnything, recipe: Recipe) -> list[dict[str, A
 
 
 @torch.no_grad()
-def calibrate(model: SegmentAnything, cache: Cache, recipe: Recipe, images: int = 32) -> None:
+def calibrate(model: SegmentAnything, cache: Cache, recipe: Recipe, images: int = CALIBRATION_IMAGES) -> None:
     """Measure the statistics of the new BatchNorm layers once; they stay fixed, because batches are small."""
     encoder = model.image_encoder
     if not isinstance(encoder, LiteEncoder):

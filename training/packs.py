@@ -1,19 +1,14 @@
-"""Image packs: reading the tars, and a cache that holds every image decoded at one square size.
+"""A cache that holds every image of some packs decoded at one square size.
 
-A pack is an uncompressed tar with ``index.json``, ``sources.json``, ``<id>.jpg`` and one PNG of region ids per layer
-(0 is unknown or background). A *layer* is one person's or one kind's annotation of the whole image.
+A *layer* of a pack is one person's or one kind's annotation of the whole image.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,24 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-Rgb = NDArray[np.uint8]
-Labels = NDArray[np.int16]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One annotated image.
-
-    Attributes:
-        id, source: from the pack's index.
-        image: uint8 (H, W, 3) RGB.
-        layers: int16 (H, W) region ids each; 0 is unknown or background.
-    """
-
-    id: str
-    source: str
-    image: Rgb
-    layers: tuple[Labels, ...]
+from pocketsam.labelled import Labelled, Stored, read_stored
 
 
 @dataclass
@@ -66,19 +44,6 @@ class Cache:
         return int(self.images.shape[1])
 
 
-def read_pack(path: Path) -> Iterator[Sample]:
-    """Decode a pack in index order."""
-    for row, image, layers in _read_bytes(path):
-        yield _decode(row, image, layers)
-
-
-def read_index(path: Path) -> list[dict[str, Any]]:
-    """The rows of ``index.json``."""
-    with tarfile.open(path) as tar:
-        rows: list[dict[str, Any]] = json.loads(_member(tar, "index.json"))
-    return rows
-
-
 def build_cache(paths: Sequence[Path], size: int, workers: int = 2, limit: int | None = None) -> Cache:
     """Decode packs into one cache.
 
@@ -86,19 +51,19 @@ def build_cache(paths: Sequence[Path], size: int, workers: int = 2, limit: int |
         paths: the tars.
         size: side S of the frame; the long side of every image becomes S.
         workers: decoding threads.
-        limit: stop after this many images of each pack.
+        limit: at most this many images of each pack, spread evenly.
     """
     images: list[Tensor] = []
     labels: list[Tensor] = []
     cache = Cache(torch.empty(0), torch.empty(0), [], [], [], [])
 
-    def place(item: tuple[dict[str, Any], bytes, list[bytes]]) -> tuple[Sample, Tensor, list[Tensor], tuple[int, int]]:
-        sample = _decode(*item)
+    def place(stored: Stored) -> tuple[Labelled, Tensor, list[Tensor], tuple[int, int]]:
+        sample = stored.decode()
         return sample, *_place(sample, size)
 
     for path in paths:
         with ThreadPoolExecutor(workers) as pool:
-            for sample, image, layers, content in pool.map(place, _read_bytes(path, limit)):
+            for sample, image, layers, content in pool.map(place, read_stored(path, limit=limit)):
                 images.append(image)
                 cache.layers.append(list(range(len(labels), len(labels) + len(layers))))
                 labels.extend(layers)
@@ -121,7 +86,7 @@ def fit(height: int, width: int, size: int) -> tuple[int, int]:
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
-def _place(sample: Sample, size: int) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
+def _place(sample: Labelled, size: int) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
     height, width = sample.image.shape[:2]
     h, w = fit(height, width, size)
     image = torch.zeros(size, size, 3, dtype=torch.uint8)
@@ -134,23 +99,3 @@ def _place(sample: Sample, size: int) -> tuple[Tensor, list[Tensor], tuple[int, 
         out[:h, :w] = torch.from_numpy(layer[rows][:, columns])
         layers.append(out)
     return image, layers, (h, w)
-
-
-def _read_bytes(path: Path, limit: int | None = None) -> Iterator[tuple[dict[str, Any], bytes, list[bytes]]]:
-    rows = read_index(path)
-    with tarfile.open(path) as tar:
-        for row in rows[:limit]:
-            yield row, _member(tar, f"{row['id']}.jpg"), [_member(tar, layer["file"]) for layer in row["layers"]]
-
-
-def _member(tar: tarfile.TarFile, name: str) -> bytes:
-    stream = tar.extractfile(name)
-    if stream is None:
-        raise ValueError(f"{name} in {tar.name!r} is not a file")
-    return stream.read()
-
-
-def _decode(row: dict[str, Any], image: bytes, layers: list[bytes]) -> Sample:
-    rgb = np.array(Image.open(io.BytesIO(image)).convert("RGB"))
-    ids = tuple(np.asarray(Image.open(io.BytesIO(layer))).astype(np.int16) for layer in layers)
-    return Sample(str(row["id"]), str(row["source"]), rgb, ids)

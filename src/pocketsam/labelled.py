@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,100 @@ class Labelled:
     layers: tuple[Regions, ...]
 
 
-def read_pack(path: Path, source: str | None = None, limit: int | None = None) -> Iterator[Labelled]:
-    """Decode a pack, one photo at a time, in the order of its index.
+@dataclass(frozen=True)
+class Stored:
+    """One photo as the pack holds it, so that decoding can be left to other threads.
+
+    Attributes:
+        pack: path of the tar.
+        row: of the index.
+        image: a JPEG.
+        layers: PNGs.
+    """
+
+    pack: Path
+    row: dict[str, Any]
+    image: bytes
+    layers: tuple[bytes, ...]
+
+    def decode(self) -> Labelled:
+        """The pictures.
+
+        Raises:
+            LabelError: one of them is damaged.
+        """
+        try:
+            image = np.asarray(Image.open(io.BytesIO(self.image)).convert("RGB"))
+            layers = tuple(np.asarray(Image.open(io.BytesIO(x))).astype(np.int32) for x in self.layers)
+            return Labelled(str(self.row["id"]), str(self.row["source"]), image, layers)
+        except UNUSABLE as e:
+            raise _refusal(self.pack, e) from e
+
+
+class Pack:
+    """An open pack; whatever is wrong with it is a LabelError.
+
+    Attributes:
+        rows: of ``index.json``: ``id``, ``source`` and ``layers`` with a ``file`` each.
+    """
+
+    def __init__(self, path: Path, tar: tarfile.TarFile) -> None:
+        self.path, self._tar = path, tar
+        with self._readable():
+            rows = json.loads(self._member("index.json"))
+            if not isinstance(rows, list) or not all(isinstance(r, dict) and "id" in r for r in rows):
+                raise TypeError("index.json is not a list of photos")
+        self.rows: list[dict[str, Any]] = rows
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path) -> Iterator[Pack]:
+        """Open a tar for as long as the block runs.
+
+        Raises:
+            LabelError: the file is not such a pack.
+        """
+        with ExitStack() as stack:
+            try:
+                tar = stack.enter_context(tarfile.open(path))
+            except UNUSABLE as e:
+                raise _refusal(path, e) from e
+            yield cls(path, tar)
+
+    def chosen(self, source: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:
+        """Rows whose source begins with ``source``; at most ``limit`` of them, spread evenly."""
+        with self._readable():
+            rows = [r for r in self.rows if source is None or str(r["source"]).lower().startswith(source.lower())]
+        if limit is not None and limit < len(rows):
+            rows = [rows[i * len(rows) // limit] for i in range(limit)]
+        return rows
+
+    def photo(self, row: dict[str, Any]) -> bytes:
+        """The JPEG of a row."""
+        with self._readable():
+            return self._member(f"{row['id']}.jpg")
+
+    def stored(self, row: dict[str, Any]) -> Stored:
+        """The JPEG and all layers of a row."""
+        with self._readable():
+            return Stored(self.path, row, self.photo(row), tuple(self._member(x["file"]) for x in row["layers"]))
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except UNUSABLE as e:
+            raise _refusal(self.path, e) from e
+
+    def _member(self, name: str) -> bytes:
+        stream = self._tar.extractfile(name)
+        if stream is None:
+            raise ValueError(f"{name} is not a file")
+        return stream.read()
+
+
+def read_stored(path: Path, source: str | None = None, limit: int | None = None) -> Iterator[Stored]:
+    """What a pack holds, one photo at a time, in the order of its index.
 
     Args:
         source: only photos whose source begins with this.
@@ -48,16 +141,15 @@ def read_pack(path: Path, source: str | None = None, limit: int | None = None) -
     Raises:
         LabelError: the file is not such a pack.
     """
-    try:
-        with tarfile.open(path) as tar:
-            rows = _index(tar)
-            rows = [r for r in rows if source is None or str(r["source"]).lower().startswith(source.lower())]
-            if limit is not None and limit < len(rows):
-                rows = [rows[i * len(rows) // limit] for i in range(limit)]
-            for row in rows:
-                yield _decode(tar, row)
-    except UNUSABLE as e:
-        raise _refusal(path, e) from e
+    with Pack.open(path) as pack:
+        for row in pack.chosen(source, limit):
+            yield pack.stored(row)
+
+
+def read_pack(path: Path, source: str | None = None, limit: int | None = None) -> Iterator[Labelled]:
+    """As :func:`read_stored`, decoded."""
+    for stored in read_stored(path, source, limit):
+        yield stored.decode()
 
 
 def count_photos(path: Path) -> tuple[int, int]:
@@ -66,12 +158,11 @@ def count_photos(path: Path) -> tuple[int, int]:
     Raises:
         LabelError: the file is not such a pack.
     """
-    try:
-        with tarfile.open(path) as tar:
-            rows = _index(tar)
-            return len(rows), sum(bool(len(r["layers"])) for r in rows)
-    except UNUSABLE as e:
-        raise _refusal(path, e) from e
+    with Pack.open(path) as pack:
+        try:
+            return len(pack.rows), sum(bool(len(r["layers"])) for r in pack.rows)
+        except UNUSABLE as e:
+            raise _refusal(path, e) from e
 
 
 def boxes_of(sample: Labelled) -> NDArray[np.float64]:
@@ -85,26 +176,5 @@ def boxes_of(sample: Labelled) -> NDArray[np.float64]:
     return np.array(found, np.float64).reshape(-1, 4)
 
 
-def _index(tar: tarfile.TarFile) -> list[dict[str, Any]]:
-    rows = json.loads(_member(tar, "index.json"))
-    if not isinstance(rows, list):
-        raise TypeError("index.json is not a list")
-    return rows
-
-
 def _refusal(path: Path, reason: Exception) -> LabelError:
-    return LabelError(f"{path} cannot be used as a labelled pack ({reason}); expected a tar with index.json, photos "
-                      "and layers.")
-
-
-def _decode(tar: tarfile.TarFile, row: dict[str, Any]) -> Labelled:
-    image = np.asarray(Image.open(io.BytesIO(_member(tar, f"{row['id']}.jpg"))).convert("RGB"))
-    layers = tuple(np.asarray(Image.open(io.BytesIO(_member(tar, x["file"])))).astype(np.int32) for x in row["layers"])
-    return Labelled(str(row["id"]), str(row["source"]), image, layers)
-
-
-def _member(tar: tarfile.TarFile, name: str) -> bytes:
-    stream = tar.extractfile(name)
-    if stream is None:
-        raise ValueError(f"{name} is not a file")
-    return stream.read()
+    return LabelError(f"{path} cannot be used as a pack ({reason}); expected a tar with index.json, photos and layers.")

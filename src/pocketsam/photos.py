@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# For int8, wherever they come from.
+CALIBRATION_IMAGES = 32
 PHOTOS = ("coffee", "cat", "flower", "astronaut", "coins", "pagoda", "rocket")
 
 

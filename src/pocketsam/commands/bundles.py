@@ -20,6 +20,7 @@ from pocketsam.commands.console import (
     progress,
     table,
 )
+from pocketsam.photos import CALIBRATION_IMAGES
 
 
 def export(
@@ -40,7 +41,7 @@ def export(
     calibration: Annotated[Path | None, typer.Option(help="For int8: folder or pack of images; default: the shipped "
                                                           "photos and crops of them.")] = None,
     calibration_images: Annotated[int, typer.Option(help="For int8: images to calibrate on; fewer are quicker and "
-                                                         "less certain.")] = 32,
+                                                         "less certain.")] = CALIBRATION_IMAGES,
     search: Annotated[float, typer.Option(help="For int8: seconds to look for layers to keep in float when the gate "
                                                "is missed, for each format.")] = 0,
     json_: Json = False,

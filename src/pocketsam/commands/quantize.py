@@ -9,6 +9,7 @@ import typer
 
 import pocketsam
 from pocketsam.commands.console import Json, escape, names, out, print_json, progress, table
+from pocketsam.photos import CALIBRATION_IMAGES
 
 
 def quantize(
@@ -20,7 +21,7 @@ def quantize(
     calibration: Annotated[Path | None, typer.Option(help="Folder or pack of images to calibrate on; default: the "
                                                           "shipped photos and crops of them.")] = None,
     calibration_images: Annotated[int, typer.Option(help="Images to calibrate on; fewer are quicker and "
-                                                         "less certain.")] = 32,
+                                                         "less certain.")] = CALIBRATION_IMAGES,
     gate: Annotated[float | None, typer.Option(help="Least mean mask agreement with PyTorch; default 0.97.")] = None,
     search: Annotated[float, typer.Option(help="Seconds to look for layers to keep in float when the gate is missed, "
                                                "for each format.")] = 300,
