@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 
 from pocketsam.benchmarks.work import Graph, Shapes, Step, Tensor
+from pocketsam.bundle import onnx_file
 from pocketsam.errors import BundleError, UnsupportedModel
 from pocketsam.specs import GraphSpec
 
@@ -33,7 +34,7 @@ def read(path: Path, graph: GraphSpec, batch: int) -> Graph:
 def read_file(path: Path, shapes: Shapes) -> Graph:
     """Read any ONNX file with the given input shapes."""
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        model = onnx.load(str(onnx_file(path)), load_external_data=False)
         sizes = {i.name: _constant(i) for i in model.graph.initializer}
         _prepare(model, shapes)
         model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)

@@ -12,14 +12,21 @@ import onnx
 import onnxscript
 import torch
 
+from pocketsam.bundle import onnx_file
 from pocketsam.export.graphs import Graph, example_inputs
 from pocketsam.specs import GraphSpec
 
 OPSET = 20
+# Protobuf refuses messages of 2 GiB: such weights lie beside the file, in a folder.
+LARGEST = 2 ** 31 - 2 ** 24
 
 
 class OnnxExporter:
-    """Writes ``onnx/<graph>.<precision>.onnx``: opset 20, weights inside, symbolic prompt batch where there is one."""
+    """Writes ``onnx/<graph>.<precision>.onnx``: opset 20, weights inside, symbolic prompt batch where there is one.
+
+    Where weights would make the file larger than protobuf allows, the artifact is a folder with ``model.onnx`` and
+    ``model.onnx.data``.
+    """
 
     name = "onnx"
     runtime = "onnxruntime"
@@ -46,13 +53,21 @@ class OnnxExporter:
                 graph, inputs, dynamo=True, opset_version=OPSET, input_names=spec.input_names,
                 output_names=spec.output_names, dynamic_shapes=dynamic, verbose=False, optimize=True)
             assert program is not None
-            program.save(str(path), external_data=False)
-        _finish(path, spec)
+            large = bytes_of(graph) > LARGEST
+            if large:
+                path.mkdir()
+            program.save(str(onnx_file(path)), external_data=large)
+        _finish(onnx_file(path), spec)
+
+
+def bytes_of(graph: Graph) -> int:
+    """Bytes of a graph's weights and tables."""
+    return sum(t.nbytes for t in (*graph.parameters(), *graph.buffers()))
 
 
 def _finish(path: Path, spec: GraphSpec) -> None:
     """Name the symbolic sizes as the contract does, drop exporter notes, and check the file."""
-    model = onnx.load(str(path))
+    model = onnx.load(str(path), load_external_data=False)
     for info, tensor in zip([*model.graph.input, *model.graph.output], [*spec.inputs, *spec.outputs], strict=True):
         for dim, size in zip(info.type.tensor_type.shape.dim, tensor.shape, strict=True):
             if isinstance(size, str):
@@ -63,8 +78,9 @@ def _finish(path: Path, spec: GraphSpec) -> None:
         del value.metadata_props[:]
     del model.graph.metadata_props[:]
     del model.graph.value_info[:]
-    onnx.checker.check_model(model, full_check=False)
     onnx.save(model, str(path))
+    # By its path, because weights may lie beside it.
+    onnx.checker.check_model(str(path), full_check=False)
 
 
 @contextmanager

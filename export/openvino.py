@@ -7,6 +7,7 @@ from pathlib import Path
 
 import openvino as ov
 
+from pocketsam.bundle import onnx_file
 from pocketsam.export.graphs import Graph
 from pocketsam.export.onnx import OnnxExporter
 from pocketsam.specs import GraphSpec
@@ -37,11 +38,11 @@ class OpenVinoExporter:
         """Convert one graph and write its folder."""
         with tempfile.TemporaryDirectory() as folder:
             # The same export made the ONNX artifact of this graph a moment ago, where both formats are asked for.
-            onnx_file = path.parents[1] / "onnx" / f"{spec.name}.fp32.onnx"
-            if not onnx_file.is_file():
-                onnx_file = Path(folder) / "graph.onnx"
-                OnnxExporter.export(graph, spec, "fp32", onnx_file)
-            model = ov.convert_model(onnx_file)
+            source = path.parents[1] / "onnx" / f"{spec.name}.fp32.onnx"
+            if not source.exists():
+                source = Path(folder) / "graph.onnx"
+                OnnxExporter.export(graph, spec, "fp32", source)
+            model = ov.convert_model(onnx_file(source))
             save(model, path, compress=precision == "fp16")
 
 

@@ -17,7 +17,7 @@ import pocketsam
 from pocketsam import registry
 from pocketsam.api import open_bundle
 from pocketsam.bundle import MANIFEST, Artifact, Bundle, read_bundle, to_json
-from pocketsam.errors import BundleError, OutputError, ParityError, UnknownName, UsageError
+from pocketsam.errors import BundleError, OutputError, ParityError, UnknownName, UnsupportedModel, UsageError
 from pocketsam.export import rewrites
 from pocketsam.export.graphs import ClickGraph, DecoderGraph, EncoderGraph, Graph
 from pocketsam.files import sha256_file, sha256_path, size_of, staged_folder
@@ -59,6 +59,7 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
 
     Raises:
         CheckpointError, UnknownName, UsageError: bad input.
+        UnsupportedModel: the weights are too large for a format.
         ParityError: an artifact misses its gate; nothing is written.
         OutputError: the folder cannot be written.
     """
@@ -80,6 +81,7 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
         report(f"comparing PyTorch at {image_size} with PyTorch at the native side")
         weights["native_agreement"] = native_agreement(model, checkpoint, image_size, rgbs)
     spec = loaded.spec
+    _check_sizes(loaded, exporters)
     rewrites.prepare(loaded)
     same = old is not None and (old.weights_sha256, old.slots, old.spec) == (sha256, slots, spec)
     kept = list(old.artifacts) if old is not None and same else []
@@ -130,6 +132,14 @@ def _check(formats: Sequence[str], precisions: Sequence[str], slots: int, gate: 
             known = {p for e in exporters for p in e.precisions}
             raise UnknownName("precision", precision, {*known, *registry.RECIPES})
     return exporters
+
+
+def _check_sizes(model: Any, exporters: Sequence[Any]) -> None:
+    size = sum(p.nbytes for p in model.image_encoder.parameters())
+    for exporter in exporters:
+        if exporter.name not in (fitting := registry.formats_of(size)):
+            raise UnsupportedModel(f"the encoder of {model.spec.name} has {size / 1e9:.2f} GB of weights, more than a "
+                                   f"file for {exporter.name} holds; choose of {', '.join(fitting)} with --to.")
 
 
 def _floats(precisions: Sequence[str]) -> list[str]:

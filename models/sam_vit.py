@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pocketsam.models.layers import VitBlock, cubic_table, neck
+from pocketsam.models.layers import VitBlock, cubic_table, in_parts, joined, neck, query_parts
 
 
 def relative_table(side: int, table: Tensor) -> Tensor:
@@ -56,17 +56,27 @@ class Attention(nn.Module):
         d, s, groups = c // self.heads, self.side, b * self.heads
         q, k, v = (t.reshape(b, n, self.heads, d).transpose(1, 2).reshape(groups, n, d)
                    for t in self.qkv(x).chunk(3, dim=-1))
-        logits = (q * self.scale) @ k.transpose(-1, -2)
-        grid = q.reshape(groups, s, s, d)
-        # rel_h[g, y, x, ky] = q[g, y, x] . table_h[y, ky]: the unscaled query meets the offsets (Li et al. 2022).
+        k = k.transpose(-1, -2)
         rows, columns = self.offsets()
+        answers, y = [], 0
+        for grid in in_parts(q.reshape(groups, s, s, d), query_parts(q, k), 1):
+            answers.append(self._answer(grid, k, v, rows[y:y + grid.shape[1]], columns))
+            y += grid.shape[1]
+        z = joined(answers, 1).reshape(b, self.heads, n, d).transpose(1, 2).reshape(b, n, c)
+        out: Tensor = self.proj(z)
+        return out
+
+    def _answer(self, grid: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Some rows of the queries (groups, h, side, d) and of the row table -> (groups, h * side, d)."""
+        groups, h, s, d = grid.shape
+        logits = (grid.reshape(groups, h * s, d) * self.scale) @ k
+        # rel_h[g, y, x, ky] = q[g, y, x] . table_h[y, ky]: the unscaled query meets the offsets (Li et al. 2022).
         rel_h = grid @ rows.transpose(-1, -2)
         rel_w = (grid.transpose(1, 2) @ columns.transpose(-1, -2)).transpose(1, 2)
-        logits = logits.reshape(groups, n, s, s) + rel_h.reshape(groups, n, s, 1) + rel_w.reshape(groups, n, 1, s)
-        y = logits.reshape(groups, n, n).softmax(-1) @ v
-        y = y.reshape(b, self.heads, n, d).transpose(1, 2).reshape(b, n, c)
-        out: Tensor = self.proj(y)
-        return out
+        logits = logits.reshape(groups, h * s, s, s) + rel_h.reshape(groups, h * s, s, 1) \
+            + rel_w.reshape(groups, h * s, 1, s)
+        y: Tensor = logits.reshape(groups, h * s, s * s).softmax(-1) @ v
+        return y
 
 
 class PatchEmbed(nn.Module):

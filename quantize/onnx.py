@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 from onnxruntime import quantization as ortq
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from pocketsam.errors import UnsupportedModel
 from pocketsam.quantize.onnx_ranges import write_ranges
 from pocketsam.quantize.onnx_sums import SUMS, sum_in_float
 from pocketsam.quantize.recipes import Job, narrow_grid
@@ -41,6 +42,9 @@ class OnnxQuantizer:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        if job.source.is_dir():
+            raise UnsupportedModel("ONNX Runtime's quantizer takes models below 2 GiB; make int8 of this one for "
+                                   "another format.")
         self._folder = tempfile.TemporaryDirectory()
         self._prepared = Path(self._folder.name) / "prepared.onnx"
         with quiet():

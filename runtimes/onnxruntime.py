@@ -9,7 +9,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from pocketsam.bundle import Bundle
+from pocketsam.bundle import Bundle, onnx_file
 from pocketsam.errors import BundleError
 from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
@@ -84,7 +84,7 @@ def open_session(path: Path, threads: int | None, profile: Path | None = None) -
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(onnx_file(path)), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # ONNX Runtime raises a dozen unrelated classes for a file that it refuses
         raise BundleError(f"ONNX Runtime {ort.__version__} refuses {path} ({str(e).splitlines()[0][:200]}); "
                           "export the bundle again or change the onnxruntime version.") from e

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,12 @@ import pytest
 from goldens import Golden
 
 import pocketsam
+from pocketsam import registry
 from pocketsam.bundle import MANIFEST, read_bundle
-from pocketsam.errors import OutputError, ParityError
+from pocketsam.errors import BundleError, OutputError, ParityError, UnsupportedModel
+from pocketsam.export import onnx as onnx_export
 from pocketsam.export.graphs import EncoderGraph
+from pocketsam.quantize.onnx import OnnxQuantizer
 
 # Operators that a finished graph must not hold: layers to fold, and leftovers of tracing.
 UNFINISHED = {"BatchNormalization", "Identity", "Dropout", "Resize", "If", "Loop", "GatherND", "Constant"}
@@ -38,6 +42,31 @@ def test_onnx_graphs_are_clean(toy_bundle: Path, graph: str) -> None:
     ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in inferred.graph.value_info}
     assert len(ranks) > 20
     assert max(ranks.values()) <= 4
+
+
+@pytest.mark.slow
+def test_weights_too_large_for_one_onnx_file(toy_checkpoint: Path, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ViT-H's are, with a lower limit: they lie beside the graph, run, and are covered by the recorded sha256."""
+    monkeypatch.setattr(onnx_export, "LARGEST", 1000)
+    out = tmp_path / "large.bundle"
+    bundle = pocketsam.export("toy_sam", checkpoint=toy_checkpoint, formats=["onnx", "openvino"], out=out, clicks=False)
+    held = {p.relative_to(out / "onnx").as_posix() for p in (out / "onnx").rglob("*") if p.is_file()}
+    assert held == {f"{g}.fp32.onnx/{f}" for g in ("encoder", "decoder") for f in ("model.onnx", "model.onnx.data")}
+    assert all(a.measured["all"]["mean"] >= 0.999 for a in bundle.artifacts)
+    with pytest.raises(UnsupportedModel, match="below 2 GiB"):
+        OnnxQuantizer(SimpleNamespace(source=out / "onnx/encoder.fp32.onnx"))  # type: ignore[arg-type]
+    with (out / "onnx/decoder.fp32.onnx/model.onnx.data").open("r+b") as f:
+        f.write(b"\1\1\1\1")
+    with pytest.raises(BundleError, match="does not match"):
+        pocketsam.load(out, runtime="onnxruntime")
+
+
+def test_weights_too_large_for_a_format(toy_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.FORMAT_LIMITS, "litert", 1000)
+    with pytest.raises(UnsupportedModel, match="a file for litert holds; choose of onnx, openvino, coreml"):
+        pocketsam.export("toy_sam", checkpoint=toy_checkpoint, formats=["onnx", "litert"], out=tmp_path / "no.bundle")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_failed_gate_leaves_nothing(toy_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from pocketsam import registry
 from pocketsam.export import rewrites
 from pocketsam.export.graphs import DecoderGraph, EncoderGraph, example_inputs
 from pocketsam.geometry import Frame, to_model_image
+from pocketsam.models import layers
 from pocketsam.models.sam import SegmentAnything
 from pocketsam.models.tiny_vit import AttentionStage, ConvBn, TinyVit
 from pocketsam.prompts import Prompt, decoder_inputs
@@ -216,3 +217,22 @@ def test_tiny_vit_bias_follows_its_weights() -> None:
     assert not torch.equal(attn.bias(), before)
 
 
+
+
+@pytest.mark.parametrize("name", ["toy_sam", "toy_sam2", "toy_efficient_sam"])
+def test_attention_in_parts_is_exact(toy_registered: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Graphs whose logits would be too large answer their queries in parts: the same features, smaller tensors."""
+    torch.manual_seed(0)
+    built: SegmentAnything = registry.load("model", name)().eval()
+    for p in built.parameters():
+        # Relative positions start at zero, where errors cannot show.
+        if not p.any():
+            nn.init.normal_(p, std=0.2)
+    encoder, image = EncoderGraph(built), example_inputs(built.spec.encoder_graph(), 1)
+    want, largest = encoder(*image)[0], []
+    for limit in (2**30, 5000):
+        monkeypatch.setattr(layers, "LOGIT_BYTES", limit)
+        program = torch.export.export(encoder, image)
+        assert (program.module()(*image)[0] - want).abs().max() <= 2e-5 * want.abs().max()
+        largest.append(max(n.meta["val"].numel() for n in program.graph.nodes if "softmax" in n.name))
+    assert largest[1] <= largest[0] / 4

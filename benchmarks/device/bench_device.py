@@ -42,7 +42,8 @@ def opened(runtime: str, path: Path, row: dict[str, Any], threads: int) -> tuple
         import onnxruntime
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+        file = path / "model.onnx" if path.is_dir() else path
+        session = onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"])
         return onnxruntime.__version__, lambda feed: dict(zip(names, session.run(names, feed)))  # noqa: B905
     if runtime == "openvino":
         import openvino

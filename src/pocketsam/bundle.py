@@ -17,6 +17,7 @@ from pocketsam.specs import CLICK_GRAPHS, ModelSpec
 MANIFEST = "bundle.json"
 SCHEMA = 1
 MAX_MANIFEST_BYTES = 16 * 2**20
+ONNX_FILE = "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,11 @@ class Bundle:
             raise BundleError(f"{path} does not match its recorded sha256; the file was changed or damaged: "
                               "export the bundle again.")
         return path
+
+
+def onnx_file(path: Path) -> Path:
+    """The ONNX file of an artifact, which is a folder where the weights are too large to be inside the file."""
+    return path / ONNX_FILE if path.is_dir() else path
 
 
 def safe_path(root: Path, relative: str) -> Path:

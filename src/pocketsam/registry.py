@@ -86,6 +86,9 @@ FORMAT_PACKAGES = {
     "coreml": ("torch", "coremltools"),
 }
 
+# Bytes of one file: offsets of the flatbuffer have 31 bits.
+FORMAT_LIMITS = {"litert": 2 ** 31}
+
 _TABLES = {"format": FORMATS, "runtime": RUNTIMES, "model": MODELS, "quantizer": QUANTIZERS}
 
 
@@ -120,6 +123,11 @@ def load(kind: str, name: str) -> Any:
         if kind == "runtime" and (e.name or "").split(".")[0] == RUNTIME_PACKAGES[name].module:
             raise missing_runtime(name) from e
         raise
+
+
+def formats_of(size: int | None) -> list[str]:
+    """The formats whose files can hold a model of that many bytes in fp32; all where the size is not known."""
+    return [f for f in FORMATS if size is None or size < FORMAT_LIMITS.get(f, size + 1)]
 
 
 def missing_runtime(name: str) -> MissingDependency:

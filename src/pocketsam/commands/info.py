@@ -11,19 +11,24 @@ from pocketsam.commands.console import Json, Threads, escape, out, print_json, p
 
 
 def models(json_: Json = False) -> None:
-    """List supported models and where their official checkpoints are."""
+    """List supported models, where their official checkpoints are, and the formats that take them."""
     from pocketsam.models.catalog import SPECS
     from pocketsam.models.checkpoints import CHECKPOINTS
+    from pocketsam.registry import FORMAT_LIMITS, FORMATS, formats_of
 
     if json_:
         rows = [{"model": c.model, "file": c.file, "url": c.url, "sha256": c.sha256, "licence": c.licence,
-                 "bytes": c.bytes, "image_size": SPECS[c.model].image_size} for c in CHECKPOINTS]
+                 "bytes": c.bytes, "image_size": SPECS[c.model].image_size, "formats": formats_of(c.bytes)}
+                for c in CHECKPOINTS]
         print_json(rows)
         return
-    shown = table("model", "checkpoint", "MB", "licence", "sha256", "url")
+    shown = table("model", "checkpoint", "MB", "licence", "not for", "sha256", "url")
     for c in CHECKPOINTS:
         size = "?" if c.bytes is None else f"{c.bytes / 1e6:.0f}"
-        shown.add_row(c.model, c.file, size, c.licence, "unknown" if c.sha256 is None else c.sha256[:12], c.url)
+        missing = ", ".join(f"{f} (above {FORMAT_LIMITS[f] / 1e9:.1f} GB)" for f in FORMATS
+                            if f not in formats_of(c.bytes))
+        digest = "unknown" if c.sha256 is None else c.sha256[:12]
+        shown.add_row(c.model, c.file, size, c.licence, missing, digest, c.url)
     out.print(shown)
 
 
