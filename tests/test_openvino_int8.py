@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 import openvino as ov
 import pytest
+import torch
 from openvino import opset13 as opset
+from torch import nn
 
-from pocketsam.quantize.openvino import _behind, _flatten
+from pocketsam.quantize.correction import Layer
+from pocketsam.quantize.grid import channels_first, column, nearest, steps
+from pocketsam.quantize.openvino import _behind, _flatten, _requantize
 
 LEVELS = 256
 
@@ -33,3 +37,21 @@ def test_reshapes_are_looked_through(passes: int) -> None:
     for i in range(passes):
         node = opset.reshape(node, np.array([1, 32] if i else [4, 8]), special_zero=False)
     assert _behind(node).get_friendly_name() == source.get_friendly_name()
+
+
+def test_transposed_convolutions_keep_their_channels() -> None:
+    """Their weights are (in, out, h, w): SAM-HQ's encoder has them."""
+    module = nn.ConvTranspose2d(6, 4, 2, 2, bias=False)
+    weight = channels_first(module)
+    layer = Layer(module)
+    layer.scales = steps(weight, "full")
+    rounded = (nearest(weight, layer.scales) * column(layer.scales, 4)).transpose(0, 1)
+    x = opset.parameter([1, 6, 3, 3], np.float32)
+    codes = opset.convert(opset.constant(np.zeros((6, 4, 2, 2), np.int8)), "f32")
+    product = opset.multiply(codes, opset.constant(np.ones((1, 4, 1, 1), np.float32)))
+    operator = opset.convolution_backprop_data(x, product, [2, 2])
+    _requantize(operator, rounded.numpy(), layer)
+    values = np.random.default_rng(0).standard_normal((1, 6, 3, 3)).astype(np.float32)
+    answer = ov.Core().compile_model(ov.Model([operator], [x]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([values])[0]
+    want = nn.functional.conv_transpose2d(torch.from_numpy(values), rounded, stride=2).numpy()
+    assert np.abs(answer - want).max() <= 1e-5
