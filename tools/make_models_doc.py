@@ -43,14 +43,15 @@ MEASURED = """
 ## Speed and size
 
 Encoders, one image at the native side, PyTorch eager against the exported formats: each runtime in a process of its
-own, taking turns, by `python tools/bench_docs.py FOLDER MODEL ...`. Times are medians; *times faster* is the median
+own, taking turns, by `python tools/bench_docs.py FOLDER MODEL ...`. Times are medians; *faster* is the median
 over rounds of the ratio to PyTorch, so that a drift of the machine cancels. The best is the runtime with the highest
-ratio; Core ML needs a Mac and is not timed. Sizes are those of the encoder in MB, fp32 / int8. Weights are
-deterministic and untrained, so nothing is said of what int8 does to masks; formats that refuse a model are named below
-the table. A dash: not measured.
+ratio; Core ML needs a Mac and is not timed. *Agreement* is the mean mask IoU of the fp32 files with PyTorch on one
+photo, in the format where it is lowest, Core ML included. Sizes are those of the encoder in MB, fp32 / int8. Weights
+are deterministic and untrained, so nothing is said of what int8 does to masks; formats that refuse a model are named
+below the table. A dash: not measured.
 
-| model | PyTorch ms | best fp32 | ms | times faster | best of all | times faster | ONNX | OpenVINO | LiteRT | Core ML |
-|---|---|---|---|---|---|---|---|---|---|---|
+| model | PyTorch ms | best fp32 | ms | faster | best of all | faster | agreement | ONNX | OpenVINO | LiteRT | Core ML |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 RESULT, REFUSED = "bench.json", "refused.json"
 
@@ -98,13 +99,16 @@ def best_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def speed_row(name: str, data: dict[str, Any] | None) -> str:
     """One line of the second table."""
     if data is None:
-        return f"| {name} |" + " - |" * 10 + "\n"
+        return f"| {name} |" + " - |" * 11 + "\n"
     eager = next(r for r in data["rows"] if r["reference"])
     timed = [r for r in data["rows"] if r["format"] and r["status"] == "ok"]
     exact, fast = best_of([r for r in timed if r["precision"] == "fp32"]), best_of(timed)
     cells = [f"{eager['encoder']['p50_ms']:.0f}", exact["runtime"], f"{exact['encoder']['p50_ms']:.0f}",
              f"{exact['encoder']['times_pytorch']['value']:.2f}", f"{fast['runtime']} {fast['precision']}",
              f"{fast['encoder']['times_pytorch']['value']:.2f}"]
+    exports = [r["agreement"]["all"]["mean"] for r in data["rows"]
+               if r["format"] and r["precision"] == "fp32" and r.get("agreement")]
+    cells.append(f"{min(exports):.4f}" if exports else "-")
     sizes = {(r["format"], r["precision"]): f"{r['bytes']['encoder'] / 1e6:.1f}" for r in data["rows"] if r["format"]}
     cells += [" / ".join(sizes.get((f, p), "-") for p in ("fp32", "int8")) for f in registry.FORMATS]
     return f"| {name} | {' | '.join(cells)} |\n"
