@@ -10,6 +10,11 @@ from pocketsam.models.sam import SegmentAnything
 from pocketsam.specs import DEFAULT_SLOTS, GraphSpec
 
 
+def bytes_of(module: nn.Module) -> int:
+    """Bytes of a module's weights and tables."""
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+
+
 class EncoderGraph(nn.Module):
     """``image`` uint8 (1, S, S, 3) RGB -> features, with normalisation and exact zero padding inside.
 

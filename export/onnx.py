@@ -13,7 +13,7 @@ import onnxscript
 import torch
 
 from pocketsam.bundle import onnx_file
-from pocketsam.export.graphs import Graph, example_inputs
+from pocketsam.export.graphs import Graph, bytes_of, example_inputs
 from pocketsam.specs import GraphSpec
 
 OPSET = 20
@@ -58,11 +58,6 @@ class OnnxExporter:
                 path.mkdir()
             program.save(str(onnx_file(path)), external_data=large)
         _finish(onnx_file(path), spec)
-
-
-def bytes_of(graph: Graph) -> int:
-    """Bytes of a graph's weights and tables."""
-    return sum(t.nbytes for t in (*graph.parameters(), *graph.buffers()))
 
 
 def _finish(path: Path, spec: GraphSpec) -> None:

@@ -19,7 +19,7 @@ from pocketsam.api import open_bundle
 from pocketsam.bundle import MANIFEST, Artifact, Bundle, read_bundle, to_json
 from pocketsam.errors import BundleError, OutputError, ParityError, UnknownName, UnsupportedModel, UsageError
 from pocketsam.export import rewrites
-from pocketsam.export.graphs import ClickGraph, DecoderGraph, EncoderGraph, Graph
+from pocketsam.export.graphs import ClickGraph, DecoderGraph, EncoderGraph, Graph, bytes_of
 from pocketsam.files import sha256_file, sha256_path, size_of, staged_folder
 from pocketsam.images import ImageLike, Rgb, load_rgb
 from pocketsam.models.catalog import spec as spec_of
@@ -135,7 +135,7 @@ def _check(formats: Sequence[str], precisions: Sequence[str], slots: int, gate: 
 
 
 def _check_sizes(model: Any, exporters: Sequence[Any]) -> None:
-    size = sum(p.nbytes for p in model.image_encoder.parameters())
+    size = bytes_of(model.image_encoder)
     for exporter in exporters:
         if exporter.name not in (fitting := registry.formats_of(size)):
             raise UnsupportedModel(f"the encoder of {model.spec.name} has {size / 1e9:.2f} GB of weights, more than a "

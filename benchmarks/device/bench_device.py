@@ -38,10 +38,11 @@ def intact(root: Path, row: dict[str, Any]) -> Path:
 def opened(runtime: str, path: Path, row: dict[str, Any], threads: int) -> tuple[str, Any]:
     """Version of the engine, and a function from named arrays to named arrays."""
     names = [t["name"] for t in row["outputs"]]
+    # zip's strict needs Python 3.10, which a board may lack.
     if runtime == "onnxruntime":
         import onnxruntime
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         file = path / "model.onnx" if path.is_dir() else path
         session = onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"])
         return onnxruntime.__version__, lambda feed: dict(zip(names, session.run(names, feed)))  # noqa: B905
@@ -114,7 +115,8 @@ def bench(root: Path, runtime: str, precision: str, threads: int, device: str) -
     flags = kernel("/proc/cpuinfo", "flags|Features").split()
     machine = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}",
                "cpu": kernel("/proc/cpuinfo", "model name|Model|Hardware") or platform.processor(),
-               "cores": os.cpu_count(), "features": [f for f in FLAGS if f in flags]}
+               "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+               "features": [f for f in FLAGS if f in flags]}
     return {"kind": "pocketsam-bench", "schema": 1, "complete": True,
             "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), "device": device, "machine": machine,
             "pocketsam": data["tools"].get("pocketsam", ""), "commit": "",

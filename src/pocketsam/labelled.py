@@ -61,12 +61,10 @@ class Stored:
         Raises:
             LabelError: one of them is damaged.
         """
-        try:
+        with _readable(self.pack):
             image = np.asarray(Image.open(io.BytesIO(self.image)).convert("RGB"))
             layers = tuple(np.asarray(Image.open(io.BytesIO(x))).astype(np.int32) for x in self.layers)
             return Labelled(str(self.row["id"]), str(self.row["source"]), image, layers)
-        except UNUSABLE as e:
-            raise _refusal(self.pack, e) from e
 
 
 class Pack:
@@ -78,7 +76,7 @@ class Pack:
 
     def __init__(self, path: Path, tar: tarfile.TarFile) -> None:
         self.path, self._tar = path, tar
-        with self._readable():
+        with _readable(self.path):
             rows = json.loads(self._member("index.json"))
             if not isinstance(rows, list) or not all(isinstance(r, dict) and "id" in r for r in rows):
                 raise TypeError("index.json is not a list of photos")
@@ -93,15 +91,13 @@ class Pack:
             LabelError: the file is not such a pack.
         """
         with ExitStack() as stack:
-            try:
+            with _readable(path):
                 tar = stack.enter_context(tarfile.open(path))
-            except UNUSABLE as e:
-                raise _refusal(path, e) from e
             yield cls(path, tar)
 
     def chosen(self, source: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:
         """Rows whose source begins with ``source``; at most ``limit`` of them, spread evenly."""
-        with self._readable():
+        with _readable(self.path):
             rows = [r for r in self.rows if source is None or str(r["source"]).lower().startswith(source.lower())]
         if limit is not None and limit < len(rows):
             rows = [rows[i * len(rows) // limit] for i in range(limit)]
@@ -109,20 +105,13 @@ class Pack:
 
     def photo(self, row: dict[str, Any]) -> bytes:
         """The JPEG of a row."""
-        with self._readable():
+        with _readable(self.path):
             return self._member(f"{row['id']}.jpg")
 
     def stored(self, row: dict[str, Any]) -> Stored:
         """The JPEG and all layers of a row."""
-        with self._readable():
+        with _readable(self.path):
             return Stored(self.path, row, self.photo(row), tuple(self._member(x["file"]) for x in row["layers"]))
-
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        try:
-            yield
-        except UNUSABLE as e:
-            raise _refusal(self.path, e) from e
 
     def _member(self, name: str) -> bytes:
         stream = self._tar.extractfile(name)
@@ -158,11 +147,8 @@ def count_photos(path: Path) -> tuple[int, int]:
     Raises:
         LabelError: the file is not such a pack.
     """
-    with Pack.open(path) as pack:
-        try:
-            return len(pack.rows), sum(bool(len(r["layers"])) for r in pack.rows)
-        except UNUSABLE as e:
-            raise _refusal(path, e) from e
+    with Pack.open(path) as pack, _readable(path):
+        return len(pack.rows), sum(bool(len(r["layers"])) for r in pack.rows)
 
 
 def boxes_of(sample: Labelled) -> NDArray[np.float64]:
@@ -176,5 +162,11 @@ def boxes_of(sample: Labelled) -> NDArray[np.float64]:
     return np.array(found, np.float64).reshape(-1, 4)
 
 
-def _refusal(path: Path, reason: Exception) -> LabelError:
-    return LabelError(f"{path} cannot be used as a pack ({reason}); expected a tar with index.json, photos and layers.")
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a pack is a LabelError."""
+    try:
+        yield
+    except UNUSABLE as e:
+        raise LabelError(f"{path} cannot be used as a pack ({e}); expected a tar with index.json, photos and "
+                         "layers.") from e
