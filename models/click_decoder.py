@@ -36,6 +36,7 @@ from pocketsam.models.click_factors import (
     keep,
     matrix,
     second_upscaling,
+    softmax_over_positions,
     softmax_over_tokens,
     to_heads,
     to_rows,
@@ -144,7 +145,7 @@ class LastAttention(nn.Module):
         q = q * q.shape[-1] ** -0.5
         near = to_rows(q @ columns[-self.heads:], b) * both
         far = (to_rows(q @ self.w_k, b) @ basis.transpose(1, 2)) @ weights
-        attention = (near + far * r2 + to_rows(q @ self.const, b)).softmax(-1)
+        attention = softmax_over_positions(near + far * r2 + to_rows(q @ self.const, b))
         near = from_rows(attention * both, self.heads) @ values[-self.heads:]
         far = ((attention * r2) @ weights.transpose(1, 2)) @ basis
         read = joined(near + from_rows(far, self.heads) @ self.w_v, b) + self.b_v
@@ -242,7 +243,7 @@ class ClickScores(nn.Module):
         # Block 1: the image is the same for all.
         first, second = self.first, self.second
         tokens = first.norm1(first.self_attn(pe, pe, pe))
-        attention = (self.queries(first.cross_attn_token_to_image, tokens + pe) @ k1).softmax(-1)
+        attention = softmax_over_positions(self.queries(first.cross_attn_token_to_image, tokens + pe) @ k1)
         tokens = self.update(first, tokens, joined(attention @ v1, b))
         keys, worth = self.sides(first.cross_attn_image_to_token, tokens, pe)
         p = to_rows(softmax_over_tokens((keys @ q1).reshape(h * b, t, n)).reshape(h, b * t, n), b)
@@ -254,7 +255,7 @@ class ClickScores(nn.Module):
         # Block 2: the image is r1 (c + P1^T M1) g1 + b1.
         tokens = second.norm1(tokens + second.self_attn(tokens + pe, tokens + pe, tokens))
         q = self.queries(second.cross_attn_token_to_image, tokens + pe)
-        attention = self.logits(q, self.w_k, k2, self.k_const, m, p1, r1).softmax(-1)
+        attention = softmax_over_positions(self.logits(q, self.w_k, k2, self.k_const, m, p1, r1))
         far = from_rows((attention @ p1.transpose(1, 2)) @ m, h) @ self.w_v
         near = from_rows(attention * r1, h) @ v2
         tokens = self.update(second, tokens, joined(near + far, b) + self.b_v)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from pocketsam.models.mask_decoder import MaskDecoder, TwoWayBlock
 from pocketsam.models.upscaling import as_matrix
+
+# Weights below e^-36 are 2e-16: lost in float32's rounding, but their products would be denormal numbers, which
+# processors of Intel take a hundred cycles for.
+LEAST_EXPONENT = -36.0
 
 
 class Folded:
@@ -92,9 +97,14 @@ def from_rows(x: Tensor, heads: int) -> Tensor:
     return x.reshape(b, heads, -1, n).transpose(0, 1).reshape(heads, -1, n)
 
 
+def softmax_over_positions(x: Tensor) -> Tensor:
+    """Softmax over the last axis, without denormal numbers."""
+    return torch.maximum(x, x.amax(-1, keepdim=True) + LEAST_EXPONENT).softmax(-1)
+
+
 def softmax_over_tokens(x: Tensor) -> Tensor:
     """Softmax over axis 1 of (B, T, N), spelled out: for an inner axis engines transpose, at three times the cost."""
-    e = (x - x.amax(1, keepdim=True)).exp()
+    e = (x - x.amax(1, keepdim=True)).clamp(min=LEAST_EXPONENT).exp()
     return e / e.sum(1, keepdim=True)
 
 

@@ -18,13 +18,12 @@ from pocketsam.bundle import Bundle
 from pocketsam.errors import BundleError, UsageError
 from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
+from pocketsam.registry import RUNTIME_VARIABLES
 from pocketsam.runtime import Features, Tensors
 from pocketsam.specs import GraphSpec
 
 FORMAT = "coreml"
 COMPUTE_UNITS = ("ALL", "CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE")
-# Read when no compute unit is passed, so that every command can be steered.
-COMPUTE_UNIT_VARIABLE = "POCKETSAM_COREML_UNIT"
 ON_MACOS = sys.platform == "darwin"
 NOTE = "Core ML exists on Apple systems only; this evaluator verifies the artifact and says nothing of its speed"
 
@@ -55,7 +54,7 @@ class CoreMlRuntime:
     def __init__(self, bundle: Bundle, precision: str, threads: int | None, compute_unit: str | None) -> None:
         self.spec = bundle.spec
         self.slots = bundle.slots
-        unit = compute_unit or os.environ.get(COMPUTE_UNIT_VARIABLE) or COMPUTE_UNITS[0]
+        unit = compute_unit or os.environ.get(RUNTIME_VARIABLES["coreml"]) or COMPUTE_UNITS[0]
         if unit not in COMPUTE_UNITS:
             raise UsageError(f"compute unit {unit!r} is unknown; choose one of {', '.join(COMPUTE_UNITS)}.")
         self._info: dict[str, Any] = {"runtime": "coreml", "version": __version__, "precision": precision,

@@ -12,49 +12,61 @@ import openvino as ov
 
 from pocketsam.batching import decode_padded
 from pocketsam.bundle import Bundle
-from pocketsam.errors import BundleError
+from pocketsam.errors import BundleError, UsageError
 from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
+from pocketsam.registry import RUNTIME_VARIABLES
 from pocketsam.runtime import Features, Tensors
 from pocketsam.specs import GraphSpec
 
 FORMAT = "openvino"
 MODEL_FILE = "model.xml"
 # OpenVINO would pick bf16 or f16 by itself where the hardware has it, and masks would change with the machine.
-INFERENCE_PRECISION = "f32"
+INFERENCE_PRECISIONS = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
 
 
 class OpenVinoRuntime:
-    """Executes ``openvino`` artifacts in f32.
+    """Executes ``openvino`` artifacts, in f32 unless asked otherwise.
 
     The decoder is compiled for one prompt at once and for sixteen when a batch comes: static shapes took 33 ms where
     a dynamic batch took 60 ms (MobileSAM, one prompt).
     """
 
-    def __init__(self, bundle: Bundle, precision: str, threads: int | None) -> None:
+    def __init__(self, bundle: Bundle, precision: str, threads: int | None, inference_precision: str | None) -> None:
         self.spec = bundle.spec
         self.slots = bundle.slots
         self._core = ov.Core()
-        self._config = {**settings(threads), "CACHE_DIR": str(cache_folder(precision))}
+        computed = check_precision(self._core, inference_precision)
+        self._config = {**settings(threads, computed), "CACHE_DIR": str(cache_folder(precision, computed))}
         self._encoder = self._compile(self._read(bundle, precision, self.spec.encoder_graph()))
         graphs = self.spec.graphs(self.slots)
         self._batched = functools.cache(lambda name, size: self._resized(bundle, precision, graphs[name], size))
         self._batched("decoder", 1)
         self.clicks = bundle.has_clicks(FORMAT, precision)
-        self.click_workers = threads or os.cpu_count() or 1
-        streams = {**self._config, **settings(self.click_workers), "NUM_STREAMS": self.click_workers}
+        count = threads or os.cpu_count() or 1
+        streams = {**self._config, "INFERENCE_NUM_THREADS": count, "NUM_STREAMS": count}
+        # One more than streams: while a batch is copied in or out, every stream has another.
+        self.click_workers = count + 1
         self._clicks = functools.cache(lambda name: self._compile(self._read(bundle, precision, graphs[name]), streams))
         self._info = {"runtime": "openvino", "version": ov.get_version(), "precision": precision, "threads": threads,
-                      "inference_precision": INFERENCE_PRECISION, "weights_sha256": bundle.weights_sha256}
+                      "inference_precision": computed, "weights_sha256": bundle.weights_sha256}
+        if computed != "f32":
+            self._info["note"] = f"computed in {computed}, as asked: masks differ from those of f32"
 
     @classmethod
-    def open(cls, bundle: Bundle, precision: str = "fp32", threads: int | None = None) -> OpenVinoRuntime:
+    def open(cls, bundle: Bundle, precision: str = "fp32", threads: int | None = None,
+             inference_precision: str | None = None) -> OpenVinoRuntime:
         """Open both graphs of a bundle.
+
+        Args:
+            inference_precision: ``f32``, ``bf16`` or ``f16``, what the processor computes in; by default the
+                environment variable ``POCKETSAM_OPENVINO_PRECISION``, then ``f32``.
 
         Raises:
             BundleError: an artifact is missing, damaged or does not follow the graph contract.
+            UsageError: an unknown inference precision, or one that this processor lacks.
         """
-        return cls(bundle, precision, threads)
+        return cls(bundle, precision, threads, inference_precision)
 
     def encode(self, image: Rgb, frame: Frame) -> Features:
         # A request of its own for each call, so that two threads do not share buffers.
@@ -72,7 +84,7 @@ class OpenVinoRuntime:
 
     def click(self, graph: str, inputs: Tensors) -> Tensors:
         spec = self.spec.graphs()[graph]
-        out = self._clicks(graph).create_infer_request().infer(inputs)
+        out = self._clicks(graph).create_infer_request().infer(inputs, share_inputs=True, share_outputs=True)
         return {n: np.array(out[n]) for n in spec.output_names}
 
     def info(self) -> dict[str, Any]:
@@ -110,15 +122,31 @@ class OpenVinoRuntime:
         return model
 
 
-def settings(threads: int | None) -> dict[str, Any]:
+def check_precision(core: ov.Core, asked: str | None) -> str:
+    """The inference precision to compile for.
+
+    Raises:
+        UsageError: it is unknown, or the processor lacks it; OpenVINO would fall back to f32 without a word.
+    """
+    chosen = asked or os.environ.get(RUNTIME_VARIABLES["openvino"]) or "f32"
+    if chosen not in INFERENCE_PRECISIONS:
+        raise UsageError(f"inference precision {chosen!r} is unknown; choose one of {', '.join(INFERENCE_PRECISIONS)}.")
+    held = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if INFERENCE_PRECISIONS[chosen] not in held:
+        having = [p for p, name in INFERENCE_PRECISIONS.items() if name in held]
+        raise UsageError(f"this processor does not compute in {chosen}; choose one of {', '.join(having)}.")
+    return chosen
+
+
+def settings(threads: int | None, inference_precision: str = "f32") -> dict[str, Any]:
     """How models are compiled, the cache apart."""
-    chosen: dict[str, Any] = {"INFERENCE_PRECISION_HINT": INFERENCE_PRECISION, "PERFORMANCE_HINT": "LATENCY"}
+    chosen: dict[str, Any] = {"INFERENCE_PRECISION_HINT": inference_precision, "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         chosen["INFERENCE_NUM_THREADS"] = threads
     return chosen
 
 
-def cache_folder(precision: str) -> Path:
-    """Where compiled models are kept: apart by OpenVINO version and precision, so that neither is ever mixed up."""
+def cache_folder(precision: str, inference_precision: str) -> Path:
+    """Where compiled models are kept: apart by OpenVINO version and precisions, so that none are ever mixed up."""
     root = os.environ.get("POCKETSAM_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "pocketsam" / "openvino" / f"{ov.get_version()}-{precision}-{INFERENCE_PRECISION}"
+    return Path(root) / "pocketsam" / "openvino" / f"{ov.get_version()}-{precision}-{inference_precision}"

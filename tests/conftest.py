@@ -141,6 +141,33 @@ def golden_image() -> np.ndarray[Any, Any]:
     return image()
 
 
+@pytest.fixture(scope="session")
+def drawn_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A labelled pack of six drawn images."""
+    from drawn import write_pack
+
+    return write_pack(tmp_path_factory.mktemp("drawn") / "pack.tar")
+
+
+@pytest.fixture(scope="session")
+def drawn_cache(drawn_pack: Path) -> Any:
+    """The same, decoded for training."""
+    from drawn import SIZE
+
+    from pocketsam.training.packs import build_cache
+
+    return build_cache([drawn_pack], SIZE, workers=1)
+
+
+@pytest.fixture
+def gradients() -> Iterator[None]:
+    """Other modules of tests may have switched them off."""
+    import torch
+
+    with torch.enable_grad():
+        yield
+
+
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Run ``pocketsam ARGS`` in this process through its real entry point."""

@@ -17,7 +17,7 @@ from PIL import Image
 import pocketsam
 from pocketsam import registry
 from pocketsam.bundle import MANIFEST, read_bundle
-from pocketsam.errors import BundleError, CheckpointError, MissingDependency
+from pocketsam.errors import BundleError, CheckpointError, MissingDependency, UsageError
 from pocketsam.tune import Candidate, choose, tune
 
 Run = Callable[..., Any]
@@ -43,6 +43,30 @@ def test_openvino_precision_is_pinned(bundle: Path, tmp_path: Path) -> None:
     pocketsam.load(bundle, runtime="openvino", precision="fp16")
     folders = {p.name for p in (tmp_path / "cache").rglob("*-f32")}
     assert len(folders) == 2, "the compiled-model cache is kept apart by precision"
+
+
+@pytest.mark.parametrize("asked", ["bf16", "f16"])
+def test_openvino_computes_in_what_was_asked_or_says_why_not(bundle: Path, tmp_path: Path, asked: str,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    import openvino as ov
+
+    monkeypatch.setenv("POCKETSAM_OPENVINO_PRECISION", asked)
+    if {"bf16": "BF16", "f16": "FP16"}[asked] not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(UsageError, match=f"does not compute in {asked}; choose one of f32"):
+            pocketsam.load(bundle, runtime="openvino")
+        return
+    sam = pocketsam.load(bundle, runtime="openvino")
+    assert sam.info()["inference_precision"] == asked
+    assert f"computed in {asked}" in sam.info()["note"]
+    assert len(list((tmp_path / "cache").rglob(f"*-{asked}"))) == 1
+    assert {"bf16": "bfloat16", "f16": "float16"}[asked] in str(
+        sam.runtime._encoder.get_property("INFERENCE_PRECISION_HINT"))
+
+
+def test_unknown_inference_precision(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POCKETSAM_OPENVINO_PRECISION", "int4")
+    with pytest.raises(UsageError, match="'int4' is unknown; choose one of f32, bf16, f16"):
+        pocketsam.load(bundle, runtime="openvino")
 
 
 def test_litert_reports_what_left_the_delegate(bundle: Path) -> None:

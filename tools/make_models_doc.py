@@ -19,10 +19,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pocketsam import registry
+from pocketsam.benchmarks.run import RESULT
 from pocketsam.models.catalog import SPECS
 from pocketsam.models.checkpoints import CHECKPOINTS, licence_of
 
 ROOT = Path(__file__).parents[1]
+# What formats said that refuse a model, by tools/bench_docs.py.
+REFUSED = "refused.json"
 sys.path.insert(0, str(ROOT / "tests" / "reference"))
 
 from goldens import FILES, MANIFESTS  # noqa: E402
@@ -53,7 +56,6 @@ below the table. A dash: not measured.
 | model | PyTorch ms | best fp32 | ms | faster | best of all | faster | agreement | ONNX | OpenVINO | LiteRT | Core ML |
 |---|---|---|---|---|---|---|---|---|---|---|---|
 """
-RESULT, REFUSED = "bench.json", "refused.json"
 
 
 def encoder_gflops(name: str) -> tuple[float, float]:

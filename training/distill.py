@@ -15,6 +15,7 @@ from torch import Tensor
 from pocketsam.models.loading import load_model
 from pocketsam.models.sam import Features, SegmentAnything
 from pocketsam.training.batches import Batch
+from pocketsam.training.losses import divergence, per_prompt
 from pocketsam.training.prompts import Prompts
 from pocketsam.training.rounds import encode, repeat
 
@@ -68,12 +69,8 @@ class ModelTeacher:
             taught, ranks = self.model.decode(features, prompts.coords * self.scale, prompts.labels, None, None,
                                               fixed_slots=True)
             taught = _resize(taught.float(), (logits.shape[-2], logits.shape[-1]))
-            probability = taught.sigmoid()
-            entropy = F.binary_cross_entropy_with_logits(taught, probability, reduction="none")
-        divergence = F.binary_cross_entropy_with_logits(logits, probability, reduction="none") - entropy
-        error = divergence.mean((-2, -1)) + (scores - ranks.float()) ** 2
-        per_prompt = torch.where(prompts.ambiguous, error[:, 1:].mean(1), error[:, 0])
-        return self.logits * per_prompt.mean()
+        errors = divergence(logits, taught) + (scores - ranks.float()) ** 2
+        return self.logits * per_prompt(errors, prompts.ambiguous).mean()
 
 
 def load_teacher(name: str, checkpoint: Path, device: torch.device, embeddings: float, logits: float) -> ModelTeacher:

@@ -42,6 +42,23 @@ def mask_iou(logits: Tensor, target: Tensor) -> Tensor:
     return torch.where(union > 0, (a & b).sum((-2, -1)) / union.clamp(min=1), 1.0)
 
 
+def divergence(logits: Tensor, taught: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of two masks' probabilities, averaged over the last two dimensions.
+
+    Args:
+        logits, taught: (..., h, w); no gradient flows into ``taught``.
+    """
+    with torch.no_grad():
+        probability = taught.sigmoid()
+        entropy = F.binary_cross_entropy_with_logits(taught, probability, reduction="none")
+    return (F.binary_cross_entropy_with_logits(logits, probability, reduction="none") - entropy).mean((-2, -1))
+
+
+def per_prompt(errors: Tensor, ambiguous: Tensor) -> Tensor:
+    """(M, 4) errors of masks or scores -> (M,): the mean of 1 to 3 for a single point, 0 for any other prompt."""
+    return torch.where(ambiguous, errors[:, 1:].mean(1), errors[:, 0])
+
+
 def prompt_loss(logits: Tensor, scores: Tensor, target: Tensor, ambiguous: Tensor) -> dict[str, Tensor]:
     """Loss of a batch of prompts.
 
@@ -64,8 +81,7 @@ def prompt_loss(logits: Tensor, scores: Tensor, target: Tensor, ambiguous: Tenso
         cost = FOCAL_WEIGHT * focal + DICE_WEIGHT * dice
         best = 1 + cost[:, 1:].argmin(1)
         chosen = torch.where(ambiguous, best, torch.zeros_like(best))[:, None]
-    error = (scores - true_iou) ** 2
-    iou_error = torch.where(ambiguous, error[:, 1:].mean(1), error[:, 0]).mean()
+    iou_error = per_prompt((scores - true_iou) ** 2, ambiguous).mean()
     parts = {"focal": focal.gather(1, chosen).mean(), "dice": dice.gather(1, chosen).mean(), "iou_error": iou_error}
     loss = FOCAL_WEIGHT * parts["focal"] + DICE_WEIGHT * parts["dice"] + IOU_WEIGHT * iou_error
     return {"loss": loss, **parts, "iou": true_iou.gather(1, chosen).mean()}

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pocketsam.models.lite0 import LiteEncoder
 from pocketsam.models.sam import SegmentAnything
 from pocketsam.models.tiny_vit import ConvBn
 from pocketsam.training.batches import Batch
+from pocketsam.training.losses import DICE_WEIGHT, FOCAL_WEIGHT, divergence, per_prompt
 from pocketsam.training.prompts import Prompts
 from pocketsam.training.rounds import answer, encode, episode, repeat
 
@@ -84,13 +84,10 @@ class FloatTwin:
         self.asked = True
         with torch.no_grad():
             taught, ranks = answer(self.model, self.features, prompts, None)
-            target = taught.sigmoid()
-            entropy = F.binary_cross_entropy_with_logits(taught, target, reduction="none")
-        divergence = (F.binary_cross_entropy_with_logits(logits, target, reduction="none") - entropy).mean((-2, -1))
-        p = logits.sigmoid()
+        p, target = logits.sigmoid(), taught.sigmoid()
         dice = ((p - target) ** 2).sum((-2, -1)) / ((p ** 2).sum((-2, -1)) + (target ** 2).sum((-2, -1)) + 1)
-        error = 20 * divergence + dice + (scores - ranks) ** 2
-        return self.weight * torch.where(prompts.ambiguous, error[:, 1:].mean(1), error[:, 0]).mean()
+        errors = FOCAL_WEIGHT * divergence(logits, taught) + DICE_WEIGHT * dice + (scores - ranks) ** 2
+        return self.weight * per_prompt(errors, prompts.ambiguous).mean()
 
 
 def quantized_episode(model: SegmentAnything, batch: Batch, rounds: int, generator: torch.Generator,

@@ -82,8 +82,11 @@ class Bundle:
         raise UnknownName("precision", precision, [a.precision for a in rows])
 
     def has_clicks(self, format: str, precision: str) -> bool:
-        """Whether it holds the graphs for many clicks; they are not part of every bundle."""
-        held = {a.graph for a in self.artifacts if (a.format, a.precision) == (format, precision)}
+        """Whether it holds the graphs for many clicks, in the form of this version; not every bundle does."""
+        graphs = self.spec.graphs()
+        held = {a.graph for a in self.artifacts if (a.format, a.precision) == (format, precision)
+                and a.graph in graphs and [tuple(t["shape"]) for t in a.inputs] == [
+                    t.shape for t in graphs[a.graph].inputs]}
         return held.issuperset(CLICK_GRAPHS)
 
     def file(self, artifact: Artifact) -> Path:
@@ -174,6 +177,8 @@ def _parse(root: Path, data: dict[str, Any]) -> Bundle:
             raise ValueError(f"slots is {slots!r}")
         if any(not isinstance(a.path, str) or not isinstance(a.bytes, int) for a in artifacts):
             raise ValueError("an artifact row has values of the wrong type")
+        if any(not isinstance(t["shape"], list) for a in artifacts for t in (*a.inputs, *a.outputs)):
+            raise ValueError("a tensor's shape is no list")
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise BundleError(f"{root / MANIFEST} is damaged ({e}); export the bundle again.") from e
     for artifact in artifacts:

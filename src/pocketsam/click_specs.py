@@ -8,9 +8,9 @@ from pocketsam.specs import GraphSpec, ModelSpec, TensorSpec
 
 # Of the two-way transformer in every family; keys and values are half as wide as tokens.
 HEADS = 8
-# Clicks at once: fixed, so that every format has one form of a graph and converts it once. Sixteen are 5 % faster and
-# take twice the memory.
-BATCH = 8
+# Clicks at once: fixed, so that every format has one form of a graph and converts it once. Two to sixteen are about
+# equally fast, and memory grows with them.
+BATCH = 4
 # Tokens 1 to 3, the ambiguous masks.
 MASKS = 3
 # What stands for one click between the score graph and the mask graph.

@@ -78,6 +78,9 @@ RUNTIME_PACKAGES = {
     "coreml": Package("coremltools", "coremltools", "coreml"),
 }
 
+# Environment variables that steer a runtime in every command: what computes, and in which precision.
+RUNTIME_VARIABLES = {"coreml": "POCKETSAM_COREML_UNIT", "openvino": "POCKETSAM_OPENVINO_PRECISION"}
+
 # Distributions that exporting to a format needs.
 FORMAT_PACKAGES = {
     "onnx": ("torch", "onnx", "onnxscript", "onnxruntime"),

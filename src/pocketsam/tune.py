@@ -22,7 +22,7 @@ from pocketsam.errors import BundleError, MissingDependency, PocketSamError, Unk
 from pocketsam.files import staged_file
 from pocketsam.geometry import Frame
 from pocketsam.prompts import Prompt, decoder_inputs
-from pocketsam.registry import RECIPES, RUNTIME_FORMATS, missing_runtime
+from pocketsam.registry import RECIPES, RUNTIME_FORMATS, RUNTIME_VARIABLES, missing_runtime
 from pocketsam.runtime import Runtime
 
 # What a user waits for: one image and a few clicks.
@@ -166,8 +166,9 @@ def _best(call: Callable[[], Any]) -> float:
 
 
 def _key(bundle: Bundle, threads: int | None) -> str:
-    """Machine, versions, bundle and threads."""
+    """Machine, versions, bundle, threads and what steers the runtimes."""
     facts = {"machine": machine(), "pocketsam": __version__, "threads": threads,
+             "steered": {v: os.environ.get(v, "") for v in RUNTIME_VARIABLES.values()},
              "versions": {r.name: r.version for r in runtimes()},
              "artifacts": sorted((a.path, a.sha256) for a in bundle.artifacts)}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
