@@ -54,6 +54,18 @@ def test_shapes_follow_the_contract(family_checkpoint: Callable[[str], Path]) ->
                 assert known[tensor.name].shape == tensor.shape
 
 
+def test_factors_hold_no_denormal_numbers() -> None:
+    """lite0's attention is so sharp that one weight in thirty was denormal, and Intel's processors crawled."""
+    sam = pocketsam.load(runtime="pytorch")
+    known = dict(sam.embed(photo_paths()[0]).features)
+    known["point_coords"] = np.linspace(40, 340, 2 * BATCH, dtype=np.float32).reshape(BATCH, 1, 2)
+    for name in ("click_image", "click_scores"):
+        known |= sam.runtime.click(name, {n: known[n] for n in sam.spec.graphs()[name].input_names})
+    weights = np.abs(known["weights"])
+    assert weights.min() < 1e-15, "sharp enough to test something"
+    assert not ((weights > 0) & (weights < np.finfo(np.float32).tiny)).any()
+
+
 def test_only_plain_decoders_have_them() -> None:
     without = {n for n, s in SPECS.items() if not s.clickable}
     assert without >= {"sam_hq_vit_b", "sam_hq_vit_tiny", "efficient_sam_ti", "efficient_sam_s"}
@@ -113,6 +125,19 @@ def test_old_bundles_give_the_same_masks(toy_everywhere: Path, tmp_path: Path, r
     assert len(expected) >= 2
     assert len(found) == len(expected)
     assert found == pytest.approx(expected, rel=0.01)
+
+
+def test_click_graphs_of_another_form_are_left_alone(toy_everywhere: Path, tmp_path: Path) -> None:
+    """Those of an older version had other batches: their bundles work as if they had none."""
+    copy = tmp_path / "old"
+    shutil.copytree(toy_everywhere, copy)
+    data = json.loads((copy / MANIFEST).read_text())
+    for tensor in (t for a in data["artifacts"] if a["graph"] == "click_scores" for t in a["inputs"]):
+        if tensor["name"] == "point_coords":
+            tensor["shape"][0] += 1
+    (copy / MANIFEST).write_text(json.dumps(data))
+    assert has_click_graphs(pocketsam.load(toy_everywhere, runtime="onnxruntime").runtime)
+    assert not has_click_graphs(pocketsam.load(copy, runtime="onnxruntime").runtime)
 
 
 @pytest.mark.slow

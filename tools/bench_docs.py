@@ -101,8 +101,9 @@ def measure(model: str, args: argparse.Namespace) -> None:
     led = model in MODELS
     others = rival_targets(model, checkpoint_for(model, checkpoint), args.work / f"{model}.rivals") if led else ()
     heavy = model.startswith(HEAVY)
-    plan = replace(Plan(), rounds=max(3, args.rounds // 3), calls=(1, 10), warmup=1) if heavy else \
-        replace(Plan(), rounds=args.rounds)
+    rounds = max(3, args.rounds // 3) if heavy else args.rounds
+    plan = replace(Plan(), rounds=rounds, extra=rounds // 2)
+    plan = replace(plan, calls=(1, 10), warmup=1) if heavy else plan
     data = args.data if model == BUILTIN_MODEL else None
     options = Options(plan=plan, checkpoint=str(checkpoint or ""), data=data, images=args.images, regions=8,
                       rivals=others, operators=led, compiled=led)
