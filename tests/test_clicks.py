@@ -102,8 +102,8 @@ def test_batches_and_order(toy_everywhere: Path, runtime: str, count: int) -> No
         for a in found:
             assert np.abs(a.low_res - masks[a.points]).max() < 1e-4
             assert np.abs(a.scores - scores[a.points]).max() < 1e-5
-    one = PointDecoder(sam, embedding).logits(points[0], 2)
-    assert np.abs(one - masks[0, 1]).max() < 1e-4
+    some = PointDecoder(sam, embedding).logits(points, [1 + i % 3 for i in range(count)])
+    assert all(np.abs(x - masks[i, i % 3]).max() < 1e-4 for i, x in enumerate(some))
 
 
 def without_click_graphs(bundle: Path, copy: Path) -> Path:

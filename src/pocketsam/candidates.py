@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,12 @@ from pocketsam.windows import REACH, Shape, Window, positive_cells, shape_of, to
 
 # Candidates' logits in memory at once; above it the least likely ones are dropped and decoded again if needed.
 STORE_BYTES = 48_000_000
+# So many of those are decoded at once.
+AHEAD = 16
 # Whatever lies outside a stored window is far below every threshold.
 OUTSIDE = -1e4
 Boxes = NDArray[np.float64]
+Box = tuple[int, int, int, int]
 
 
 @dataclass
@@ -101,25 +105,33 @@ def find(answers: Answers, frame: Frame, least_score: float, least_stability: fl
 
 
 def select(store: Store, frame: Frame, mask_size: int, offset: float, overlap: float,
-           accept: Callable[[Shape, tuple[int, int, int, int]], bool],
-           decode: Callable[[Candidate], Floats]) -> Iterator[tuple[Candidate, Shape, tuple[int, int, int, int]]]:
+           accept: Callable[[Shape, Box], bool],
+           decode: Callable[[list[Candidate]], list[Floats]]) -> Iterator[tuple[Candidate, Shape, Box]]:
     """Greedy box suppression, best score first, exact at photo resolution.
 
     Args:
         offset: of the stability score.
         overlap: boxes with a larger IoU than this with a better mask's box are dropped.
         accept: the filters that need the mask itself; gets the shape and its box (inclusive corners).
-        decode: makes the (4h, 4w) logits of a candidate again whose logits are no longer in memory.
+        decode: makes the (4h, 4w) logits of candidates again whose logits are no longer in memory.
 
     Yields:
         Kept candidates with their shape and box x0, y0, x1, y1 of the outermost pixels.
     """
     kept = np.empty((0, 4))
     used = 0
-    for c in store.ordered():
+    ordered = store.ordered()
+    again: dict[int, Floats] = {}
+    for i, c in enumerate(ordered):
+        logits = again.pop(i, None)
         if used and _surely_suppressed(c, kept[:used], overlap):
             continue
-        logits = decode(c) if c.logits is None else restore(c, mask_size)
+        if logits is None and c.logits is None:
+            ahead = _forgotten(ordered, i, kept[:used], overlap)
+            again = dict(zip(ahead, decode([ordered[j] for j in ahead]), strict=True))
+            logits = again.pop(i)
+        if logits is None:
+            logits = restore(c, mask_size)
         shape = shape_of(logits, frame, to_image(c.cells, frame, mask_size, 1 + mask_size / frame.size), offset)
         box = tight_box(shape)
         if box is None or not accept(shape, box) or (used and (iou(box, kept[:used]) > overlap).any()):
@@ -131,7 +143,14 @@ def select(store: Store, frame: Frame, mask_size: int, offset: float, overlap: f
         yield c, shape, box
 
 
-def tight_box(shape: Shape) -> tuple[int, int, int, int] | None:
+def _forgotten(ordered: list[Candidate], start: int, kept: Boxes, overlap: float) -> list[int]:
+    """Indices of the next candidates that must be decoded again, as far as is known yet."""
+    found = (i for i in range(start, len(ordered)) if ordered[i].logits is None
+             and not (len(kept) and _surely_suppressed(ordered[i], kept, overlap)))
+    return list(islice(found, AHEAD))
+
+
+def tight_box(shape: Shape) -> Box | None:
     """x0, y0, x1, y1 of the outermost pixels (inclusive, as in the official generator), or None for an empty mask."""
     rows, columns = np.flatnonzero(shape.mask.any(1)), np.flatnonzero(shape.mask.any(0))
     if not len(rows):

@@ -7,7 +7,7 @@ whose predicted IoU passes; ``pocketsam.models.click_decoder`` derives them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -73,11 +73,15 @@ class PointDecoder:
         else:
             yield from self._with_decoder(points, batch)
 
-    def logits(self, point: NDArray[np.float64], token: int) -> Floats:
-        """(4h, 4w) logits of one click and token 1 to 3."""
-        (answer,) = self._with_decoder(point[None], 1)
-        logits: Floats = answer.low_res[0, token - 1]
-        return logits
+    def logits(self, points: NDArray[np.float64], tokens: Sequence[int]) -> list[Floats]:
+        """(4h, 4w) logits of several clicks, of each one's token 1 to 3.
+
+        Args:
+            points: (K, 2) XY pixels of the embedded image.
+        """
+        answers = list(self.answers(points))
+        rows = (row for a in answers for row in a.low_res)
+        return [row[token - 1] for row, token in zip(rows, tokens, strict=True)]
 
     def _with_decoder(self, points: NDArray[np.float64], batch: int) -> Iterator[Answers]:
         sam, frame = self.sam, self.embedding.frame

@@ -45,8 +45,8 @@ def find_edges(sam: Predictor, image: ImageLike, points_per_side: int = POINTS_P
         for candidate in find(answers, frame, 0, 0, FAINT):
             store.add(candidate)
 
-    def decode(c: Candidate) -> Floats:
-        return decoder.logits(points[c.point], c.token)
+    def decode(candidates: list[Candidate]) -> list[Floats]:
+        return decoder.logits(points[[c.point for c in candidates]], [c.token for c in candidates])
 
     strength = np.zeros((frame.height, frame.width), np.float32)
     for c, shape, _ in select(store, frame, m, FAINT, NMS, lambda shape, box: True, decode):

@@ -176,8 +176,8 @@ def _segment_crop(sam: Predictor, rgb: Rgb, crop: Crop, settings: Settings, embe
                 and not _cut_off(box, crop, height, width)
                 and (settings.max_area == 1 or np.count_nonzero(shape.mask) <= settings.max_area * height * width))
 
-    def decode(candidate: Candidate) -> Floats:
-        return decoder.logits(points[candidate.point], candidate.token)
+    def decode(candidates: list[Candidate]) -> list[Floats]:
+        return decoder.logits(points[[c.point for c in candidates]], [c.token for c in candidates])
 
     records = []
     for c, shape, box in select(store, frame, m, settings.stability_offset, settings.nms, accept, decode):
