@@ -106,7 +106,7 @@ def find(answers: Answers, frame: Frame, least_score: float, least_stability: fl
 
 def select(store: Store, frame: Frame, mask_size: int, offset: float, overlap: float,
            accept: Callable[[Shape, Box], bool],
-           decode: Callable[[list[Candidate]], list[Floats]]) -> Iterator[tuple[Candidate, Shape, Box]]:
+           decode: Callable[[list[Candidate]], list[Floats]]) -> Iterator[tuple[Candidate, Floats, Shape, Box]]:
     """Greedy box suppression, best score first, exact at photo resolution.
 
     Args:
@@ -116,7 +116,7 @@ def select(store: Store, frame: Frame, mask_size: int, offset: float, overlap: f
         decode: makes the (4h, 4w) logits of candidates again whose logits are no longer in memory.
 
     Yields:
-        Kept candidates with their shape and box x0, y0, x1, y1 of the outermost pixels.
+        Kept candidates with their (4h, 4w) logits, shape and box x0, y0, x1, y1 of the outermost pixels.
     """
     kept = np.empty((0, 4))
     used = 0
@@ -140,7 +140,7 @@ def select(store: Store, frame: Frame, mask_size: int, offset: float, overlap: f
             kept = np.concatenate([kept, np.empty((max(64, used), 4))])
         kept[used] = box
         used += 1
-        yield c, shape, box
+        yield c, logits, shape, box
 
 
 def _forgotten(ordered: list[Candidate], start: int, kept: Boxes, overlap: float) -> list[int]:

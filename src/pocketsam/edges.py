@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketsam.candidates import Candidate, Store, find, restore, select
+from pocketsam.candidates import Candidate, Store, find, select
 from pocketsam.clicks import PointDecoder
 from pocketsam.geometry import Bools, Frame
 from pocketsam.grids import point_grid
@@ -49,8 +49,7 @@ def find_edges(sam: Predictor, image: ImageLike, points_per_side: int = POINTS_P
         return decoder.logits(points[[c.point for c in candidates]], [c.token for c in candidates])
 
     strength = np.zeros((frame.height, frame.width), np.float32)
-    for c, shape, _ in select(store, frame, m, FAINT, NMS, lambda shape, box: True, decode):
-        logits = restore(c, m) if c.logits is not None else decode(c)
+    for _, logits, shape, _ in select(store, frame, m, FAINT, NMS, lambda shape, box: True, decode):
         w = shape.window
         np.maximum(strength[w.y0:w.y1, w.x0:w.x1], _border_strength(logits, frame, w, shape.mask),
                    out=strength[w.y0:w.y1, w.x0:w.x1])

@@ -180,7 +180,7 @@ def _segment_crop(sam: Predictor, rgb: Rgb, crop: Crop, settings: Settings, embe
         return decoder.logits(points[[c.point for c in candidates]], [c.token for c in candidates])
 
     records = []
-    for c, shape, box in select(store, frame, m, settings.stability_offset, settings.nms, accept, decode):
+    for c, _, shape, box in select(store, frame, m, settings.stability_offset, settings.nms, accept, decode):
         x, y = points[c.point]
         code = rle.encode_window(shape.mask, shape.window.x0 + crop.x0, shape.window.y0 + crop.y0, height, width)
         records.append(MaskRecord(
