@@ -35,7 +35,7 @@ def files() -> list[tuple[str, Path]]:
 
 def imports(path: Path) -> set[str]:
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
@@ -73,7 +73,7 @@ def test_tables_and_files_agree() -> None:
             path = ROOT / folder / f"{name}.py"
             assert module == f"pocketsam.{folder}.{name}"
             assert path.is_file()
-            assert f"class {attribute}" in path.read_text()
+            assert f"class {attribute}" in path.read_text(encoding="utf-8")
     assert set(registry.RUNTIME_PACKAGES) == set(registry.RUNTIMES)
     assert set(registry.FORMAT_PACKAGES) == set(registry.FORMATS)
     assert set(registry.RUNTIME_FORMATS) <= set(registry.RUNTIMES)

@@ -16,7 +16,7 @@ MAPPED = ("models", "export", "runtimes", "quantize", "benchmarks", "training")
 
 
 def project() -> dict:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def test_declared_packages_equal_the_disk() -> None:
@@ -37,12 +37,12 @@ def test_version_is_the_same_everywhere() -> None:
 
     version = project()["project"]["version"]
     assert pocketsam.__version__ == version
-    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_constraints_pin_what_the_project_requires() -> None:
     pins = {}
-    for line in (ROOT / "constraints.txt").read_text().splitlines():
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
             name, version = line.split("==")
             pins[name.lower().replace("_", "-")] = version
@@ -109,6 +109,6 @@ def test_everything_runs_without_torch(tmp_path: Path, toy_everywhere: Path) -> 
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
         assert done.returncode == 0, done.stderr
         assert (out / "overlays" / "cat.jpg.png").stat().st_size > 0
-        found[runtime] = len(json.loads((out / "labels" / "cat.jpg.json").read_text())["annotations"])
+        found[runtime] = len(json.loads((out / "labels" / "cat.jpg.json").read_text(encoding="utf-8"))["annotations"])
     assert min(found.values()) > 0
     assert len(set(found.values())) == 1, found
