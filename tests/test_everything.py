@@ -15,7 +15,7 @@ from blobs import BlobRuntime
 
 import pocketsam
 from pocketsam import rle
-from pocketsam.candidates import Store, find, iou, restore, suppress, tight_box
+from pocketsam.candidates import Store, _closer, find, iou, restore, suppress, tight_box
 from pocketsam.clicks import Answers
 from pocketsam.errors import UsageError
 from pocketsam.everything import MaskRecord, Settings, default_settings, segment_everything
@@ -85,6 +85,24 @@ def test_bounds_hold_for_a_lone_cell() -> None:
         assert box[3] < 150, "the lone cell left no pixel"
         assert all(c.outer[i] <= box[i] <= c.inner[i] for i in (0, 1))
         assert all(c.inner[i] <= box[i] <= c.outer[i] for i in (2, 3))
+
+
+@pytest.mark.parametrize("size", [(1500, 2250), (2000, 1200), (1024, 1024)])
+def test_closer_bounds_hold(size: tuple[int, int]) -> None:
+    """On large photos: bounds from the model's frame are tighter than those from cells, and still bounds."""
+    frame = Frame.of(*size, spec_of("lite0"))
+    rng = np.random.default_rng(0)
+    coarse = rng.standard_normal((6, 3, 16, 16)).astype(np.float32)
+    low_res = np.repeat(np.repeat(coarse, 8, 2), 8, 3) + 0.5 * rng.standard_normal((6, 3, 128, 128)).astype(np.float32)
+    low_res[:, :, :40] = low_res[:, :, :, 90:] = -3
+    for c in find(Answers(np.arange(6), low_res, np.ones((6, 3), np.float32)), frame, 0.2, 0, 1.0):
+        logits = restore(c, 128)
+        closer = _closer(c, logits, frame)
+        box = tight_box(shape_of(logits, frame, to_image(c.cells, frame, 128, 1 + 128 / 512), 1.0))
+        assert box is not None
+        assert all(closer.outer[i] <= box[i] <= closer.inner[i] for i in (0, 1))
+        assert all(closer.inner[i] <= box[i] <= closer.outer[i] for i in (2, 3))
+        assert closer.outer[1] > c.outer[1]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ the work at photo resolution grows with the masks that are kept, not with the ma
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from pocketsam.clicks import Answers
 from pocketsam.geometry import Frame
 from pocketsam.resampling import Floats
-from pocketsam.windows import REACH, Shape, Window, positive_cells, shape_of, to_image
+from pocketsam.windows import REACH, Shape, Window, at_model, positive_cells, shape_of, to_image
 
 # Candidates' logits in memory at once; above it the least likely ones are dropped and decoded again if needed.
 STORE_BYTES = 48_000_000
+# Photos of so many pixels for one of the model's frame are worth a look at that frame first.
+LARGE = 2
 # So many of those are decoded at once.
 AHEAD = 16
 # Whatever lies outside a stored window is far below every threshold.
@@ -132,6 +134,9 @@ def select(store: Store, frame: Frame, mask_size: int, offset: float, overlap: f
             logits = again.pop(i)
         if logits is None:
             logits = restore(c, mask_size)
+        if used and frame.width >= LARGE * frame.content_width and _surely_suppressed(
+                _closer(c, logits, frame), kept[:used], overlap):
+            continue
         shape = shape_of(logits, frame, to_image(c.cells, frame, mask_size, 1 + mask_size / frame.size), offset)
         box = tight_box(shape)
         if box is None or not accept(shape, box) or (used and (iou(box, kept[:used]) > overlap).any()):
@@ -148,6 +153,15 @@ def _forgotten(ordered: list[Candidate], start: int, kept: Boxes, overlap: float
     found = (i for i in range(start, len(ordered)) if ordered[i].logits is None
              and not (len(kept) and _surely_suppressed(ordered[i], kept, overlap)))
     return list(islice(found, AHEAD))
+
+
+def _closer(c: Candidate, logits: Floats, frame: Frame) -> Candidate:
+    """The candidate with bounds from the model's frame, which is finer than low-resolution cells."""
+    inside = at_model(logits, frame)
+    positive = positive_cells(inside, 0)
+    if positive is None:
+        return c
+    return replace(c, inner=_inner_bound(inside, frame, frame.size), outer=_outer_bound(positive, frame, frame.size))
 
 
 def tight_box(shape: Shape) -> Box | None:

@@ -101,6 +101,12 @@ def upscale_bands(logits: Floats, frame: Frame, window: Window) -> Iterator[tupl
         yield top - window.y0, _sample(at_model, (my0, mx0), (sy, sx), band)
 
 
+def at_model(logits: Floats, frame: Frame) -> Floats:
+    """float32 (4h, 4w) logits at the model's frame, the part that the photo covers: (content_height, content_width)."""
+    scale = logits.shape[0] / frame.size, logits.shape[1] / frame.size
+    return _sample(logits, (0, 0), scale, Window(0, 0, frame.content_width, frame.content_height))
+
+
 def shape_of(logits: Floats, frame: Frame, window: Window, offset: float) -> Shape:
     """Threshold a window of upscaled logits and count the pixels that make the stability score."""
     mask = np.empty((window.height, window.width), np.bool_)
