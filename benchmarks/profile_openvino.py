@@ -10,7 +10,7 @@ from pocketsam.benchmarks.operators import Row
 from pocketsam.benchmarks.profiling import RUNS, WARMUP, least, sample_inputs
 from pocketsam.bundle import Bundle
 from pocketsam.errors import BundleError
-from pocketsam.runtimes.openvino import FORMAT, MODEL_FILE, settings
+from pocketsam.runtimes.openvino import FORMAT, MODEL_FILE, check_precision, settings
 from pocketsam.specs import GraphSpec
 
 # How the CPU plugin names kernels that are plain loops.
@@ -33,7 +33,8 @@ def profile(bundle: Bundle, precision: str, graph: GraphSpec, threads: int) -> l
         raise BundleError(f"OpenVINO {ov.get_version()} refuses {path} ({str(e).splitlines()[0][:200]}); export the "
                           "bundle again or change the openvino version.") from e
     # Not the runtime's cache: what is kept there was compiled without counters.
-    request = core.compile_model(model, "CPU", {**settings(threads), "PERF_COUNT": True}).create_infer_request()
+    config = {**settings(threads, check_precision(core, None)), "PERF_COUNT": True}
+    request = core.compile_model(model, "CPU", config).create_infer_request()
     return least(_run(request, inputs) for _ in range(WARMUP + RUNS))
 
 

@@ -138,7 +138,7 @@ def check_precision(core: ov.Core, asked: str | None) -> str:
     return chosen
 
 
-def settings(threads: int | None, inference_precision: str = "f32") -> dict[str, Any]:
+def settings(threads: int | None, inference_precision: str) -> dict[str, Any]:
     """How models are compiled, the cache apart."""
     chosen: dict[str, Any] = {"INFERENCE_PRECISION_HINT": inference_precision, "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:

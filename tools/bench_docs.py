@@ -19,7 +19,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +101,7 @@ def measure(model: str, args: argparse.Namespace) -> None:
     others = rival_targets(model, checkpoint_for(model, checkpoint), args.work / f"{model}.rivals") if led else ()
     heavy = model.startswith(HEAVY)
     rounds = max(3, args.rounds // 3) if heavy else args.rounds
-    plan = replace(Plan(), rounds=rounds, extra=rounds // 2)
-    plan = replace(plan, calls=(1, 10), warmup=1) if heavy else plan
+    plan = Plan(rounds, extra=rounds // 2, **({"calls": (1, 10), "warmup": 1} if heavy else {}))
     data = args.data if model == BUILTIN_MODEL else None
     options = Options(plan=plan, checkpoint=str(checkpoint or ""), data=data, images=args.images, regions=8,
                       rivals=others, operators=led, compiled=led)

@@ -22,10 +22,10 @@ from pocketsam.windows import REACH, Shape, Window, at_model, positive_cells, sh
 
 # Candidates' logits in memory at once; above it the least likely ones are dropped and decoded again if needed.
 STORE_BYTES = 48_000_000
-# Photos of so many pixels for one of the model's frame are worth a look at that frame first.
-LARGE = 2
 # So many of those are decoded at once.
 AHEAD = 16
+# Photos of so many pixels for one of the model's frame are worth a look at that frame first.
+LARGE = 2
 # Whatever lies outside a stored window is far below every threshold.
 OUTSIDE = -1e4
 Boxes = NDArray[np.float64]
@@ -157,7 +157,7 @@ def _forgotten(ordered: list[Candidate], start: int, kept: Boxes, overlap: float
 
 def _closer(c: Candidate, logits: Floats, frame: Frame) -> Candidate:
     """The candidate with bounds from the model's frame, which is finer than low-resolution cells."""
-    inside = at_model(logits, frame)
+    inside = at_model(logits, frame, Window(0, 0, frame.content_width, frame.content_height))
     positive = positive_cells(inside, 0)
     if positive is None:
         return c

@@ -79,8 +79,7 @@ class PointDecoder:
         Args:
             points: (K, 2) XY pixels of the embedded image.
         """
-        answers = list(self.answers(points))
-        rows = (row for a in answers for row in a.low_res)
+        rows = (row for answers in self.answers(points) for row in answers.low_res)
         return [row[token - 1] for row, token in zip(rows, tokens, strict=True)]
 
     def _with_decoder(self, points: NDArray[np.float64], batch: int) -> Iterator[Answers]:

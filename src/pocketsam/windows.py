@@ -93,18 +93,16 @@ def upscale_bands(logits: Floats, frame: Frame, window: Window) -> Iterator[tupl
     mx0, my0 = max(0, math.floor(window.x0 * sx) - REACH), max(0, math.floor(window.y0 * sy) - REACH)
     mx1 = min(frame.content_width, math.ceil(window.x1 * sx) + REACH)
     my1 = min(frame.content_height, math.ceil(window.y1 * sy) + REACH)
-    scale = logits.shape[0] / frame.size, logits.shape[1] / frame.size
-    at_model = _sample(logits, (0, 0), scale, Window(mx0, my0, mx1, my1))
+    middle = at_model(logits, frame, Window(mx0, my0, mx1, my1))
     rows = max(1, BAND_PIXELS // window.width)
     for top in range(window.y0, window.y1, rows):
         band = Window(window.x0, top, window.x1, min(top + rows, window.y1))
-        yield top - window.y0, _sample(at_model, (my0, mx0), (sy, sx), band)
+        yield top - window.y0, _sample(middle, (my0, mx0), (sy, sx), band)
 
 
-def at_model(logits: Floats, frame: Frame) -> Floats:
-    """float32 (4h, 4w) logits at the model's frame, the part that the photo covers: (content_height, content_width)."""
-    scale = logits.shape[0] / frame.size, logits.shape[1] / frame.size
-    return _sample(logits, (0, 0), scale, Window(0, 0, frame.content_width, frame.content_height))
+def at_model(logits: Floats, frame: Frame, window: Window) -> Floats:
+    """float32 (4h, 4w) logits at pixels of the model's frame, (window.height, window.width)."""
+    return _sample(logits, (0, 0), (logits.shape[0] / frame.size, logits.shape[1] / frame.size), window)
 
 
 def shape_of(logits: Floats, frame: Frame, window: Window, offset: float) -> Shape:
