@@ -17,10 +17,10 @@ demo: $(STAMP)        ## export lite0 to every format, segment the photos, write
 	$(BIN)/pocketsam demo -o build
 
 test: $(STAMP)        ## fast tests
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadscope --no-loadscope-reorder
 
 test-all: $(STAMP)    ## fast and slow tests, as CI runs them
-	$(BIN)/python -m pytest -m "not family" -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not family" -n 2 --dist loadscope --no-loadscope-reorder
 
 test-family: $(STAMP) ## models of the family at full size in the matrix, an hour on two cores
 	$(BIN)/python -m pytest -m family

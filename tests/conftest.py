@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +28,63 @@ class Outcome(NamedTuple):
     err: str
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For runs in several processes: tests of a file stay together, in the matrix those of a model, as fixtures do."""
-    for item in items:
-        call = getattr(item, "callspec", None)
-        model = call.params.get("model", "") if call and item.path.stem == "test_matrix" else ""
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{model}"))
+def group(nodeid: str) -> str:
+    """What must run in one process: the tests of a file, in the matrix those of a model, because fixtures are dear."""
+    path, _, name = nodeid.partition("::")
+    stem = Path(path).stem
+    # The ids of the matrix begin with the model's name.
+    return f"{stem}-{name.partition('[')[2].partition('-')[0]}" if stem == "test_matrix" else stem
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand whole groups to the processes of ``pytest -n``."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return ByGroup(config, log)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A temporary folder that the processes of one run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def once(shared: Path) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Name and maker of a file or folder -> its path; made by the first process that asks, awaited by the others."""
+    def make(name: str, write: Callable[[Path], object]) -> Path:
+        path = shared / "made" / name / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                write(path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def groups(shared: Path) -> Callable[[str], None]:
+    """Check that no group is spread over processes, which would build its fixtures twice and lets tests collide."""
+    @cache
+    def claim(name: str) -> None:
+        (shared / f"group-{name}").open("x").close()
+
+    return claim
+
+
+@pytest.fixture(autouse=True)
+def one_process_per_group(request: pytest.FixtureRequest, groups: Callable[[str], None]) -> None:
+    groups(group(request.node.nodeid))
 
 
 @pytest.fixture(scope="session")
@@ -96,27 +149,24 @@ def family_checkpoint(toy_registered: None, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
-def toy_bundle(toy_checkpoint: Path) -> Path:
+def toy_bundle(toy_checkpoint: Path, once: Callable[..., Path]) -> Path:
     """An exported ONNX bundle of the toy model; tests that damage it must copy it first."""
     import pocketsam
 
-    out = toy_checkpoint.parent / "toy.bundle"
-    pocketsam.export(TOY, checkpoint=toy_checkpoint, out=out)
-    return out
+    return once("toy.bundle", lambda out: pocketsam.export(TOY, checkpoint=toy_checkpoint, out=out))
 
 
 @pytest.fixture(scope="session")
-def toy_everywhere(toy_checkpoint: Path) -> Path:
+def toy_everywhere(toy_checkpoint: Path, once: Callable[..., Path]) -> Path:
     """The toy model in every format and precision; made once, because converters are slow to start."""
     import pocketsam
     from pocketsam import registry
     from pocketsam.images import load_rgb
     from pocketsam.photos import photo_paths
 
-    out = toy_checkpoint.parent / "everywhere.bundle"
-    pocketsam.export(TOY, checkpoint=toy_checkpoint, formats=list(registry.FORMATS), precisions=["fp32", "fp16"],
-                     out=out, images=[load_rgb(photo_paths()[1])])
-    return out
+    return once("everywhere.bundle", lambda out: pocketsam.export(
+        TOY, checkpoint=toy_checkpoint, formats=list(registry.FORMATS), precisions=["fp32", "fp16"], out=out,
+        images=[load_rgb(photo_paths()[1])]))
 
 
 @pytest.fixture(scope="session")

@@ -45,29 +45,22 @@ def package(bundle: Path, graph: str, precision: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(toy_checkpoint: Path) -> Path:
-    out = toy_checkpoint.parent / "coreml.bundle"
-    pocketsam.export("toy_sam", checkpoint=toy_checkpoint, formats=["coreml"], precisions=["fp32", "fp16"], out=out)
-    return out
-
-
-@pytest.fixture(scope="module")
 def reference(toy_checkpoint: Path) -> Predictor:
     return pocketsam.load("toy_sam", checkpoint=toy_checkpoint, runtime="pytorch", threads=2)
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-4), ("fp16", 2e-2)])
-def test_equals_pytorch(exported: Path, reference: Predictor, golden_image: np.ndarray[Any, Any], precision: str,
+def test_equals_pytorch(toy_everywhere: Path, reference: Predictor, golden_image: np.ndarray[Any, Any], precision: str,
                         limit: float) -> None:
-    agreement = compare(reference, sam(exported, precision), [golden_image, golden_image[:, ::-1].copy()])
+    agreement = compare(reference, sam(toy_everywhere, precision), [golden_image, golden_image[:, ::-1].copy()])
     assert max(agreement.tensor_errors.values()) <= limit
     assert agreement.mean >= {"fp32": 0.9999, "fp16": 0.995}[precision]
     if precision == "fp16":
         assert max(agreement.tensor_errors.values()) > 1e-5, "this is not fp16"
 
 
-def test_the_contract(exported: Path) -> None:
-    bundle = read_bundle(exported)
+def test_the_contract(toy_everywhere: Path) -> None:
+    bundle = read_bundle(toy_everywhere)
     for precision in ("fp32", "fp16"):
         encoder = load_package(bundle.file(bundle.find("coreml", precision, "encoder")))
         assert encoder.image_inputs == {"image": "RGB"}
@@ -89,9 +82,9 @@ def dtypes(function: Function) -> dict[str, str]:
     return {o.name: o.dtype for operation in function.operations for o in operation.outputs}
 
 
-def test_nothing_dynamic_and_four_dimensions(exported: Path) -> None:
+def test_nothing_dynamic_and_four_dimensions(toy_everywhere: Path) -> None:
     for graph in ("encoder", "decoder"):
-        for function in load_package(package(exported, graph, "fp32")).functions.values():
+        for function in load_package(package(toy_everywhere, graph, "fp32")).functions.values():
             operations = [o for o in function.operations if o.type != "const"]
             assert not {o.type for o in operations} & DYNAMIC
             shapes = [out.shape for o in operations for out in o.outputs]
@@ -99,17 +92,17 @@ def test_nothing_dynamic_and_four_dimensions(exported: Path) -> None:
             assert all(n > 0 for shape in shapes for n in shape), "a size is not known before the run"
 
 
-def test_colours_are_not_swapped(exported: Path, reference: Predictor) -> None:
+def test_colours_are_not_swapped(toy_everywhere: Path, reference: Predictor) -> None:
     red = np.zeros((96, 128, 3), np.uint8)
     red[20:60, 30:90, 0] = 255
-    ours = sam(exported).embed(red).features["image_embeddings"]
+    ours = sam(toy_everywhere).embed(red).features["image_embeddings"]
     swapped = reference.embed(red[..., ::-1].copy()).features["image_embeddings"]
     assert np.abs(ours - reference.embed(red).features["image_embeddings"]).max() < 1e-4
     assert np.abs(ours - swapped).max() > 0.1
 
 
-def test_batches_equal_single_prompts(exported: Path, golden_image: np.ndarray[Any, Any]) -> None:
-    predictor = sam(exported)
+def test_batches_equal_single_prompts(toy_everywhere: Path, golden_image: np.ndarray[Any, Any]) -> None:
+    predictor = sam(toy_everywhere)
     predictor.set_image(golden_image)
     boxes = np.array([[10 + 20 * i, 5 + 9 * i, 300 + 20 * i, 200 + 9 * i] for i in range(19)])
     together = predictor.predict_boxes(boxes)
@@ -119,16 +112,16 @@ def test_batches_equal_single_prompts(exported: Path, golden_image: np.ndarray[A
         assert abs(alone.scores[0] - together.scores[i]) <= 1e-5
 
 
-def test_says_what_it_is(exported: Path) -> None:
-    info = sam(exported).runtime.info()
+def test_says_what_it_is(toy_everywhere: Path) -> None:
+    info = sam(toy_everywhere).runtime.info()
     assert (info["runtime"], info["engine"]) == ("coreml", "mil-evaluator")
     assert "verifies" in info["note"]
 
 
-def test_unknown_compute_unit(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_compute_unit(toy_everywhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POCKETSAM_COREML_UNIT", "TPU")
     with pytest.raises(UsageError, match="choose one of ALL, CPU_ONLY"):
-        sam(exported)
+        sam(toy_everywhere)
 
 
 def producers(function: Function) -> dict[str, Operation]:
@@ -156,8 +149,8 @@ def check_protected(function: Function) -> None:
 
 
 @pytest.mark.parametrize("graph", ["encoder", "decoder"])
-def test_fp16_keeps_what_overflows(exported: Path, graph: str) -> None:
-    for function in load_package(package(exported, graph, "fp16")).functions.values():
+def test_fp16_keeps_what_overflows(toy_everywhere: Path, graph: str) -> None:
+    for function in load_package(package(toy_everywhere, graph, "fp16")).functions.values():
         check_protected(function)
 
 
@@ -218,9 +211,10 @@ COMPRESSED = [
 
 
 @pytest.mark.parametrize(("how", "config", "limit"), [c[1:] for c in COMPRESSED], ids=[c[0] for c in COMPRESSED])
-def test_compressed_encoder(exported: Path, tmp_path: Path, how: str, config: Callable[[], Any], limit: float) -> None:
+def test_compressed_encoder(toy_everywhere: Path, tmp_path: Path, how: str, config: Callable[[], Any],
+                            limit: float) -> None:
     """The toy encoder with compressed weights equals its decompressed form, and stays near the original."""
-    original = package(exported, "encoder", "fp32")
+    original = package(toy_everywhere, "encoder", "fp32")
     packed = getattr(cto, how)(ct.models.MLModel(str(original), skip_model_load=True),
                                cto.OptimizationConfig(global_config=config()))
     packed.save(str(tmp_path / "packed.mlpackage"))
@@ -234,15 +228,15 @@ def test_compressed_encoder(exported: Path, tmp_path: Path, how: str, config: Ca
     assert 1e-3 < np.abs(ours - full).std() <= limit
 
 
-def test_conversion_is_quiet_and_leaves_no_scraps(toy_checkpoint: Path, exported: Path) -> None:
+def test_conversion_is_quiet_and_leaves_no_scraps(toy_checkpoint: Path, toy_everywhere: Path) -> None:
     code = ("import numpy as np; from pocketsam.export.coreml import coremltools; coremltools();"
             "from pocketsam.runtimes.mil.program import load_package; from pathlib import Path;"
-            f"load_package(Path({str(package(exported, 'encoder', 'fp32'))!r}))")
+            f"load_package(Path({str(package(toy_everywhere, 'encoder', 'fp32'))!r}))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     assert "Failed to load" not in done.stderr
     assert "has not been tested" not in done.stderr
-    files = {p.name for p in (exported / "coreml").rglob("*") if p.is_file()}
+    files = {p.name for p in (toy_everywhere / "coreml").rglob("*") if p.is_file()}
     assert files == {"Manifest.json", "model.mlmodel", "weight.bin"}
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,15 @@ def from_pytorch(model: str, bundle: Path, reference: Predictor, rgb: np.ndarray
 @pytest.fixture(scope="module")
 def cases(toy_checkpoint: Path, toy_everywhere: Path, family_checkpoint: Callable[[str], Path],
           golden_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
-    """Model name -> its case; exported once."""
+    """Model name -> its case; exported once, and removed when the next is asked for."""
     checkpoints: dict[str, Callable[[], Path | None]] = {"toy_sam": lambda: toy_checkpoint, "lite0": lambda: None}
     folder = tmp_path_factory.mktemp("matrix")
 
-    @cache
+    @lru_cache(maxsize=1)
     def attempt(model: str) -> Case | PocketSamError:
         try:
+            shutil.rmtree(folder)
+            folder.mkdir()
             return build(model)
         except PocketSamError as e:
             return e

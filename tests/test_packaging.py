@@ -56,10 +56,11 @@ def test_constraints_pin_what_the_project_requires() -> None:
     assert not {"torchvision", "timm"} & set(pins)
 
 
-def build(folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this tree."""
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)], check=True,
-                   capture_output=True)
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)], check=True)
     return next(folder.glob("*.whl"))
 
 
@@ -72,9 +73,8 @@ def environment(folder: Path, wanted: str) -> Path:
 
 
 @pytest.mark.slow
-def test_wheel_in_a_fresh_environment(tmp_path: Path) -> None:
-    """Build the wheel, install it in a new environment, run it from another folder; torch is never there."""
-    wheel = build(tmp_path)
+def test_wheel_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
+    """Install the wheel in a new environment, run it from another folder; torch is never there."""
     names = zipfile.ZipFile(wheel).namelist()
     for package in project()["tool"]["setuptools"]["packages"]:
         assert f"{package.replace('.', '/')}/__init__.py" in names
@@ -95,9 +95,9 @@ def test_wheel_in_a_fresh_environment(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_everything_runs_without_torch(tmp_path: Path, toy_everywhere: Path) -> None:
+def test_everything_runs_without_torch(wheel: Path, tmp_path: Path, toy_everywhere: Path) -> None:
     """All masks of a photo on every engine, where torch is not installed."""
-    python = environment(tmp_path / "env", f"{build(tmp_path)}[onnx,openvino,litert]")
+    python = environment(tmp_path / "env", f"{wheel}[onnx,openvino,litert]")
     listed = subprocess.run([python, "-m", "pip", "list"], capture_output=True, encoding="utf-8", check=True).stdout
     assert "torch" not in listed
     photo = ROOT / "src/pocketsam/assets/photos/cat.jpg"
