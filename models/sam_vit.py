@@ -71,10 +71,12 @@ class Attention(nn.Module):
         groups, h, s, d = grid.shape
         logits = (grid.reshape(groups, h * s, d) * self.scale) @ k
         # rel_h[g, y, x, ky] = q[g, y, x] . table_h[y, ky]: the unscaled query meets the offsets (Li et al. 2022).
-        rel_h = grid @ rows.transpose(-1, -2)
-        rel_w = (grid.transpose(1, 2) @ columns.transpose(-1, -2)).transpose(1, 2)
-        logits = logits.reshape(groups, h * s, s, s) + rel_h.reshape(groups, h * s, s, 1) \
-            + rel_w.reshape(groups, h * s, 1, s)
+        # Rows and columns come first, for a table of a batch of products is written out for each group by LiteRT.
+        rel_h = grid.transpose(0, 1).reshape(h, groups * s, d) @ rows.transpose(-1, -2)
+        rel_w = grid.reshape(groups * h, s, d).transpose(0, 1) @ columns.transpose(-1, -2)
+        logits = logits.reshape(groups, h * s, s, s) \
+            + rel_h.reshape(h, groups, s, s).transpose(0, 1).reshape(groups, h * s, s, 1) \
+            + rel_w.transpose(0, 1).reshape(groups, h * s, 1, s)
         y: Tensor = logits.reshape(groups, h * s, s * s).softmax(-1) @ v
         return y
 

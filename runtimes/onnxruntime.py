@@ -31,6 +31,9 @@ class OnnxRuntime:
         self._click = functools.cache(
             lambda name: self._session(bundle, precision, 1, self.spec.graphs()[name]))
         self.click_workers = threads or os.cpu_count() or 1
+        self.sparing = False
+        self._shrink = ort.RunOptions()
+        self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._info = {"runtime": "onnxruntime", "version": ort.__version__, "precision": precision,
                       "threads": threads, "weights_sha256": bundle.weights_sha256}
 
@@ -45,7 +48,8 @@ class OnnxRuntime:
 
     def encode(self, image: Rgb, frame: Frame) -> Features:
         names = [t.name for t in self.spec.feature_specs()]
-        return dict(zip(names, self._encoder.run(names, {"image": image}), strict=True))
+        out = self._encoder.run(names, {"image": image}, self._shrink if self.sparing else None)
+        return dict(zip(names, out, strict=True))
 
     def decode(self, features: Features, prompts: Tensors) -> Tensors:
         names = self.spec.decoder_graph(self.slots).output_names

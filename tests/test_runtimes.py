@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,6 +19,8 @@ import pocketsam
 from pocketsam import registry
 from pocketsam.bundle import MANIFEST, read_bundle
 from pocketsam.errors import BundleError, CheckpointError, MissingDependency, UsageError
+from pocketsam.geometry import Frame
+from pocketsam.runtime import sparing
 from pocketsam.tune import Candidate, choose, tune
 
 Run = Callable[..., Any]
@@ -209,3 +212,32 @@ def test_a_slower_and_less_accurate_candidate_is_never_chosen() -> None:
     exact = Candidate("onnxruntime", "fp32", 50, 10, 1.0)
     slow = Candidate("onnxruntime", "int8", 80, 10, 0.98)
     assert choose([slow, exact]) == exact
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_onnx_runtime_gives_encoder_memory_back_where_asked(toy_bundle: Path, tmp_path: Path) -> None:
+    from onnx import TensorProto, helper, save
+
+    from pocketsam.runtimes.onnxruntime import open_session
+
+    side, runtime = 2048, pocketsam.load(toy_bundle, runtime="onnxruntime").runtime
+    features = [t.name for t in runtime.spec.feature_specs()]
+    nodes = [helper.make_node("Cast", ["image"], ["x"], to=TensorProto.FLOAT), helper.make_node("Exp", ["x"], ["y"]),
+             *(helper.make_node("ReduceMean", ["y"], [name]) for name in features)]
+    graph = helper.make_graph(
+        nodes, "big", [helper.make_tensor_value_info("image", TensorProto.UINT8, (1, side, side, 3))],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in features])
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "big.onnx")
+    runtime._encoder = open_session(tmp_path / "big.onnx", 1)
+    image, frame = np.zeros((1, side, side, 3), np.uint8), Frame.of(side, side, runtime.spec)
+    before = resident()
+    with sparing(runtime):
+        runtime.encode(image, frame)
+    assert not runtime.sparing
+    given_back = resident() - before
+    runtime.encode(image, frame)
+    assert resident() - before >= given_back + side * side * 3 * 4

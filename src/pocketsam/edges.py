@@ -13,6 +13,7 @@ from pocketsam.geometry import Bools, Frame
 from pocketsam.grids import point_grid
 from pocketsam.images import ImageLike, load_rgb
 from pocketsam.resampling import Floats
+from pocketsam.runtime import sparing
 from pocketsam.windows import Window, upscale_bands
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def find_edges(sam: Predictor, image: ImageLike, points_per_side: int = POINTS_P
     Returns:
         float32 (H, W), 0 to 1.
     """
-    embedding = sam.embed(load_rgb(image))
+    with sparing(sam.runtime):
+        embedding = sam.embed(load_rgb(image))
     frame, m = embedding.frame, sam.spec.mask_size
     points = point_grid(points_per_side) * (frame.width, frame.height)
     decoder, store = PointDecoder(sam, embedding), Store()

@@ -22,6 +22,7 @@ from pocketsam.geometry import Bools
 from pocketsam.grids import Crop, crops, point_grid
 from pocketsam.images import ImageLike, Rgb, load_rgb
 from pocketsam.resampling import Floats
+from pocketsam.runtime import sparing
 from pocketsam.windows import Shape
 
 if TYPE_CHECKING:
@@ -162,7 +163,8 @@ def segment_everything(sam: Predictor, image: ImageLike, settings: Settings | No
 
 def _segment_crop(sam: Predictor, rgb: Rgb, crop: Crop, settings: Settings, embed: Embed) -> list[MaskRecord]:
     height, width = rgb.shape[:2]
-    embedding = embed(rgb[crop.y0:crop.y1, crop.x0:crop.x1])
+    with sparing(sam.runtime):
+        embedding = embed(rgb[crop.y0:crop.y1, crop.x0:crop.x1])
     frame, m = embedding.frame, sam.spec.mask_size
     points = point_grid(settings.side(crop.layer)) * (frame.width, frame.height)
     decoder = PointDecoder(sam, embedding)
