@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pocketsam.errors import PocketSamError
-from pocketsam.files import staged_file
+from pocketsam.files import cache_root, staged_file
 from pocketsam.images import Rgb
-from pocketsam.tune import cache_root
 
 # Layers are tried in contiguous groups: neighbours share the conversions between int8 and float.
 GROUPS = 8

@@ -13,6 +13,7 @@ import openvino as ov
 from pocketsam.batching import decode_padded
 from pocketsam.bundle import Bundle
 from pocketsam.errors import BundleError, UsageError
+from pocketsam.files import cache_root
 from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
 from pocketsam.registry import RUNTIME_VARIABLES
@@ -148,5 +149,4 @@ def settings(threads: int | None, inference_precision: str) -> dict[str, Any]:
 
 def cache_folder(precision: str, inference_precision: str) -> Path:
     """Where compiled models are kept: apart by OpenVINO version and precisions, so that none are ever mixed up."""
-    root = os.environ.get("POCKETSAM_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "pocketsam" / "openvino" / f"{ov.get_version()}-{precision}-{inference_precision}"
+    return cache_root() / "openvino" / f"{ov.get_version()}-{precision}-{inference_precision}"

@@ -101,3 +101,10 @@ def _umask() -> int:
     value = os.umask(0)
     os.umask(value)
     return value
+
+
+def cache_root() -> Path:
+    """``$POCKETSAM_CACHE``, else ``$XDG_CACHE_HOME/pocketsam``, else ``~/.cache/pocketsam``."""
+    if own := os.environ.get("POCKETSAM_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pocketsam"

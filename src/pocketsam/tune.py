@@ -19,7 +19,7 @@ from pocketsam.api import open_bundle
 from pocketsam.bundle import Bundle
 from pocketsam.doctor import machine, runtimes
 from pocketsam.errors import BundleError, MissingDependency, PocketSamError, UnknownName
-from pocketsam.files import staged_file
+from pocketsam.files import cache_root, staged_file
 from pocketsam.geometry import Frame
 from pocketsam.prompts import Prompt, decoder_inputs
 from pocketsam.registry import RECIPES, RUNTIME_FORMATS, RUNTIME_VARIABLES, missing_runtime
@@ -107,13 +107,6 @@ def _pointless(candidate: Candidate, candidates: list[Candidate]) -> bool:
     return candidate.precision in RECIPES and any(
         c.runtime == candidate.runtime and c.precision == "fp32" and not c.problem and c.cost_ms < candidate.cost_ms
         for c in candidates)
-
-
-def cache_root() -> Path:
-    """``$POCKETSAM_CACHE``, else ``$XDG_CACHE_HOME/pocketsam``, else ``~/.cache/pocketsam``."""
-    if own := os.environ.get("POCKETSAM_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pocketsam"
 
 
 def _candidates(bundle: Bundle) -> list[tuple[str, str]]:
