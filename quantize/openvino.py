@@ -127,9 +127,9 @@ def _requantize(operator: Any, weights: NDArray[np.float32], layer: Layer) -> No
     if product.get_type_name() != "Multiply" or layer.scales is None:
         return
     shape = list(product.get_output_shape(0))
-    # Transposed convolutions have their output channels second.
-    axis = int(operator.get_type_name() == "ConvolutionBackpropData")
-    column = layer.scales.numpy().reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    # Transposed convolutions have their output channels second, grouped ones theirs by group.
+    axes = {"ConvolutionBackpropData": (1,), "GroupConvolution": (0, 1)}.get(operator.get_type_name(), (0,))
+    column = layer.scales.numpy().reshape([side if i in axes else 1 for i, side in enumerate(shape)])
     codes = np.rint(weights.reshape(shape) / column).astype(np.int8)
     product.input(0).replace_source_output(opset.convert(opset.constant(codes), "f32").output(0))
     product.input(1).replace_source_output(opset.constant(column.astype(np.float32)).output(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -78,14 +79,13 @@ def test_failed_gate_leaves_nothing(toy_checkpoint: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(EncoderGraph, "forward", wrong)
     with pytest.raises(ParityError, match=r"below the gate of 0\.999"):
-        pocketsam.export("toy_sam", checkpoint=toy_checkpoint, out=tmp_path / "bad.bundle")
+        pocketsam.export("toy_sam", checkpoint=toy_checkpoint, out=tmp_path / "bad.bundle", clicks=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_failed_gate_keeps_the_old_bundle(toy_bundle: Path, toy_checkpoint: Path, tmp_path: Path,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "toy.bundle"
-    pocketsam.export("toy_sam", checkpoint=toy_checkpoint, out=out)
+    out = Path(shutil.copytree(toy_bundle, tmp_path / "toy.bundle"))
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     monkeypatch.setattr("pocketsam.export.pipeline._key", lambda *args: "changed")
     monkeypatch.setattr("pocketsam.export.onnx.OnnxExporter.export", staticmethod(_fail))
@@ -99,9 +99,8 @@ def _fail(*args: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_unchanged_artifacts_are_kept(toy_checkpoint: Path, tmp_path: Path) -> None:
-    out, lines = tmp_path / "toy.bundle", []
-    pocketsam.export("toy_sam", checkpoint=toy_checkpoint, out=out)
+def test_unchanged_artifacts_are_kept(toy_bundle: Path, toy_checkpoint: Path, tmp_path: Path) -> None:
+    out, lines = Path(shutil.copytree(toy_bundle, tmp_path / "toy.bundle")), []
     first = json.loads((out / MANIFEST).read_text())
     pocketsam.export("toy_sam", checkpoint=toy_checkpoint, out=out, report=lines.append)
     assert sum(line.startswith("kept") for line in lines) == len(first["artifacts"])
@@ -153,7 +152,8 @@ def test_exported_bundle_equals_the_goldens(golden_checkpoint: Callable[[str], P
     """Logits too; the matrix test holds masks and scores of every model and format to the goldens."""
     model = "mobile_sam"
     golden = Golden.of(model)
-    pocketsam.export(model, checkpoint=golden_checkpoint(model), out=tmp_path / "b", images=[golden_image])
+    pocketsam.export(model, checkpoint=golden_checkpoint(model), out=tmp_path / "b", images=[golden_image],
+                     clicks=False)
     sam = pocketsam.load(tmp_path / "b", runtime="onnxruntime", threads=2)
     sam.set_image(golden_image)
     for name, p in golden.manifest["prompts"].items():

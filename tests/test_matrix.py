@@ -141,7 +141,7 @@ def cases(toy_checkpoint: Path, toy_everywhere: Path, family_checkpoint: Callabl
         else:
             # tests/test_clicks.py holds the click graphs to the decoder.
             pocketsam.export(model, checkpoint=checkpoint, formats=FORMATS[model], precisions=MODELS[model], out=out,
-                             images=[rgb] if model in FILES else None, clicks=False)
+                             images=[rgb], clicks=False)
         if official:
             return from_goldens(model, out)
         reference = pocketsam.load(model, checkpoint=checkpoint, runtime="pytorch", threads=2)

@@ -39,6 +39,25 @@ def test_reshapes_are_looked_through(passes: int) -> None:
     assert _behind(node).get_friendly_name() == source.get_friendly_name()
 
 
+@pytest.mark.parametrize("channels", [8, 4], ids=["two of a group", "depthwise"])
+def test_grouped_convolutions_keep_their_channels(channels: int) -> None:
+    """Their weights are (groups, out, in, h, w): EfficientViT-SAM's encoder has groups of several channels."""
+    module = nn.Conv2d(4, channels, 3, groups=4, bias=False)
+    module.weight.data *= torch.arange(1, channels + 1).reshape(-1, 1, 1, 1)
+    layer = Layer(module)
+    layer.scales = steps(module.weight.data, "full")
+    rounded = nearest(module.weight.data, layer.scales) * column(layer.scales, 4)
+    x = opset.parameter([1, 4, 5, 5], np.float32)
+    codes = opset.convert(opset.constant(np.zeros((4, channels // 4, 1, 3, 3), np.int8)), "f32")
+    product = opset.multiply(codes, opset.constant(np.ones((4, 1, 1, 1, 1), np.float32)))
+    operator = opset.group_convolution(x, product, [1, 1], [0, 0], [0, 0], [1, 1])
+    _requantize(operator, rounded.detach().numpy(), layer)
+    values = np.random.default_rng(0).standard_normal((1, 4, 5, 5)).astype(np.float32)
+    answer = ov.Core().compile_model(ov.Model([operator], [x]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([values])[0]
+    want = nn.functional.conv2d(torch.from_numpy(values), rounded, groups=4).detach().numpy()
+    assert np.abs(answer - want).max() <= 1e-5
+
+
 def test_transposed_convolutions_keep_their_channels() -> None:
     """Their weights are (in, out, h, w): SAM-HQ's encoder has them."""
     module = nn.ConvTranspose2d(6, 4, 2, 2, bias=False)
