@@ -22,7 +22,6 @@ from pocketsam.specs import ModelSpec
 # With fewer, one unusual photo decides the activation ranges.
 FEW_IMAGES = 8
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-PROMPT_KINDS = 5
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,8 @@ class CalibrationSet:
         """All decoder inputs by contract name, from real embeddings and simulated prompts.
 
         Every image gets a point, a box, several points of both labels, a box with a background point, and a click
-        refined with the mask of the click before it; so every label value and both values of ``has_mask_input`` occur.
+        refined with another and, for models that take one, the mask of the click before it; so every label value and
+        both values of ``has_mask_input`` occur.
 
         Args:
             runtime: an encoder and decoder in float.
@@ -176,10 +176,10 @@ def _prompts(predictor: Predictor, width: int, height: int, rng: np.random.Gener
     box = (x, y, x + w, y + h)
     points = rng.uniform(0, 1, (6, 2)) * size
     click = Prompt.of(frame, spec, points=points[:1], labels=[1])
-    masks, scores = predictor.decode_prompts([click])
-    best = masks[0, 1 + int(scores[0, 1:].argmax())]
-    out = [click, Prompt.of(frame, spec, box=box), Prompt.of(frame, spec, points=points[1:4], labels=[1, 0, 1]),
-           Prompt.of(frame, spec, points=points[4:5], labels=[0], box=box),
-           Prompt.of(frame, spec, points=points[[0, 5]], labels=[1, 0], mask=best)]
-    assert len(out) == PROMPT_KINDS
-    return out
+    best = None
+    if spec.mask_prompt:
+        masks, scores = predictor.decode_prompts([click])
+        best = masks[0, 1 + int(scores[0, 1:].argmax())]
+    return [click, Prompt.of(frame, spec, box=box), Prompt.of(frame, spec, points=points[1:4], labels=[1, 0, 1]),
+            Prompt.of(frame, spec, points=points[4:5], labels=[0], box=box),
+            Prompt.of(frame, spec, points=points[[0, 5]], labels=[1, 0], mask=best)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,17 @@ def test_formats_refuse_what_they_do_not_have(format_: str) -> None:
     for recipe in set(RECIPES) - set(HAVE[format_]):
         with pytest.raises(UnsupportedModel, match=f"{format_} has no recipe {recipe}"):
             check(format_, recipe)
+
+
+@pytest.mark.parametrize("model", ["toy_sam", "toy_edge", "toy_hq", "toy_sam2", "toy_efficient_sam"])
+def test_every_family_can_be_calibrated(model: str, family_checkpoint: Callable[[str], Path]) -> None:
+    """EfficientSAM takes no mask prompt."""
+    runtime = pocketsam.load(model, checkpoint=family_checkpoint(model), runtime="pytorch").runtime
+    few = replace(collect(None, runtime.spec), images=(load_rgb(photo_paths()[0]),))
+    found = list(few.decoder_inputs(runtime, runtime.slots))
+    graph = runtime.spec.decoder_graph(runtime.slots)
+    assert len(found) == 5
+    assert all(inputs.keys() == set(graph.input_names) for inputs in found)
 
 
 CASES = [(f, r) for f, recipes in HAVE.items() for r in recipes]
