@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent / "reference"))
 from goldens import FILES, Golden, image, weights
 
 TOY = "toy_sam"
+# Minutes each.
+LONGEST = ("test_matrix-lite0", "test_matrix-sam_vit_b", "test_everything", "test_matrix-mobile_sam", "test_export")
 
 
 class Outcome(NamedTuple):
@@ -34,6 +36,11 @@ def group(nodeid: str) -> str:
     stem = Path(path).stem
     # The ids of the matrix begin with the model's name.
     return f"{stem}-{name.partition('[')[2].partition('-')[0]}" if stem == "test_matrix" else stem
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest groups first, so that no process works on alone at the end."""
+    items.sort(key=lambda item: LONGEST.index(g) if (g := group(item.nodeid)) in LONGEST else len(LONGEST))
 
 
 @pytest.hookimpl(optionalhook=True)

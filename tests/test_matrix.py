@@ -107,8 +107,8 @@ def from_pytorch(model: str, bundle: Path, reference: Predictor, rgb: np.ndarray
 
 
 @pytest.fixture(scope="module")
-def cases(toy_checkpoint: Path, toy_everywhere: Path, family_checkpoint: Callable[[str], Path],
-          golden_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+def cases(toy_checkpoint: Path, family_checkpoint: Callable[[str], Path], golden_checkpoint: Callable[[str], Path],
+          tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[[str], Case]:
     """Model name -> its case; exported once, and removed when the next is asked for."""
     checkpoints: dict[str, Callable[[], Path | None]] = {"toy_sam": lambda: toy_checkpoint, "lite0": lambda: None}
     folder = tmp_path_factory.mktemp("matrix")
@@ -137,7 +137,7 @@ def cases(toy_checkpoint: Path, toy_everywhere: Path, family_checkpoint: Callabl
         rgb = image() if model in FILES else load_rgb(photo_paths()[1])
         out = folder / f"{model}.bundle"
         if model == "toy_sam":
-            out = toy_everywhere
+            out = request.getfixturevalue("toy_everywhere")
         else:
             # tests/test_clicks.py holds the click graphs to the decoder.
             pocketsam.export(model, checkpoint=checkpoint, formats=FORMATS[model], precisions=MODELS[model], out=out,
