@@ -38,7 +38,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
 
     Latency is compared through the ratio to PyTorch eager where both runs have it, because the ratio survives a
     machine that is slower today; the intervals of both must be apart. Without it the medians are compared, and the
-    spread of both runs is allowed for.
+    spread of both runs is allowed for. Rounds that something else disturbed are allowed the spread of the probe.
 
     Raises:
         BenchmarkError: different models, or no row in common.
@@ -50,17 +50,24 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     pairs = [(before[key(r)], r) for r in new["rows"] if key(r) in before]
     if not pairs:
         raise BenchmarkError("the two results have no runtime, precision and thread count in common.")
-    found = [change for a, b in pairs for change in _row(a, b)]
+    allowed = SLOWER + _unrest(old) + _unrest(new)
+    found = [change for a, b in pairs for change in _row(a, b, allowed)]
     return sorted(found, key=lambda c: not c.worse)
 
 
-def _row(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
+def _unrest(result: dict[str, Any]) -> float:
+    """Relative error of a run's times because of disturbed rounds: the spread of its probe, by their share."""
+    calm = result.get("calm") or {}
+    return float(calm["probe_spread"] * calm["disturbed"] / calm["rounds"]) if calm.get("rounds") else 0.0
+
+
+def _row(a: dict[str, Any], b: dict[str, Any], allowed: float) -> list[Change]:
     name = f"{b['runtime']} {b['precision']}, {b['threads']} threads"
     found = []
     if (a["status"] == "ok") != (b["status"] == "ok"):
         return [Change(name, "status", a["status"], b["status"], b["status"] != "ok")]
     if not b.get("reference"):
-        found += [c for g in GRAPHS if (c := _latency(f"{g} of {name}", a.get(g), b.get(g)))]
+        found += [c for g in GRAPHS if (c := _latency(f"{g} of {name}", a.get(g), b.get(g), allowed))]
     first, second = mean_agreement(a), mean_agreement(b)
     if first is not None and second is not None and abs(first - second) > LESS_AGREEMENT:
         found.append(Change(name, "agreement", f"{first:.4f}", f"{second:.4f}", second < first))
@@ -74,18 +81,18 @@ def _row(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
     return found
 
 
-def _latency(name: str, a: dict[str, Any] | None, b: dict[str, Any] | None) -> Change | None:
+def _latency(name: str, a: dict[str, Any] | None, b: dict[str, Any] | None, allowed: float) -> Change | None:
     if not a or not b:
         return None
     first, second = a.get("times_pytorch"), b.get("times_pytorch")
     if first and second:
         moved = first["value"] / second["value"] - 1
         apart = second["high"] < first["low"] or second["low"] > first["high"]
-        if abs(moved) > SLOWER and apart:
+        if abs(moved) > allowed and apart:
             before, after = (f"{r['value']:.2f} x PyTorch" for r in (first, second))
             return Change(name, "latency", before, after, moved > 0)
         return None
     moved = b["p50_ms"] / a["p50_ms"] - 1
-    if abs(moved) > SLOWER + a["spread"] + b["spread"]:
+    if abs(moved) > allowed + a["spread"] + b["spread"]:
         return Change(name, "latency", f"{a['p50_ms']:.1f} ms", f"{b['p50_ms']:.1f} ms", moved > 0)
     return None

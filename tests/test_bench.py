@@ -116,6 +116,15 @@ def test_compare_catches_a_slowed_artifact(seed: int) -> None:
     assert not any(c.worse for c in back)
 
 
+def test_compare_allows_for_disturbed_rounds() -> None:
+    """A run that something else disturbed throughout accuses nothing that its own probe moved as much as."""
+    fast, slow = synthetic(0), synthetic(100, slowed=1.3)
+    restless = {"rounds": 4, "repeated": 2, "disturbed": 4, "probe_spread": 0.3}
+    assert any(c.worse for c in compare(fast, slow))
+    assert not [c for c in compare({**fast, "calm": restless}, slow) if c.measure == "latency"]
+    assert any(c.worse for c in compare({**fast, "calm": {**restless, "disturbed": 1}}, slow))
+
+
 def test_compare_names_what_else_became_worse() -> None:
     old, new = synthetic(0), synthetic(0)
     new["rows"][1]["bytes"]["encoder"] *= 2
