@@ -55,11 +55,11 @@ def sparing(runtime: Runtime) -> Iterator[None]:
 
     Only engines with a member ``sparing`` can; costs a tenth of an encoder call.
     """
-    able: Any = runtime if hasattr(runtime, "sparing") else None
-    if able is not None:
-        able.sparing = True
+    if not hasattr(runtime, "sparing"):
+        yield
+        return
+    runtime.sparing = True
     try:
         yield
     finally:
-        if able is not None:
-            able.sparing = False
+        runtime.sparing = False
