@@ -10,13 +10,19 @@ from pathlib import Path
 
 import torch
 
+from pocketsam import load
+from pocketsam.models.lite0 import lite0
+from pocketsam.models.loading import load_model
 from pocketsam.training.convert_trunk import convert_trunk
 from pocketsam.training.curves import draw_curves
 from pocketsam.training.evaluate import evaluate, format_table, table
-from pocketsam.training.fit import Teaching, fit
+from pocketsam.training.fit import Stored, Teaching, fit
+from pocketsam.training.graft import graft
 from pocketsam.training.loop import LOG
+from pocketsam.training.packs import build_cache
 from pocketsam.training.presets import PRESETS
 from pocketsam.training.ship import load_weights, ship
+from pocketsam.training.teach import open_taught, teach
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,8 +33,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _fit(args: argparse.Namespace) -> None:
-    teaching = None
-    if args.teacher:
+    teaching: Teaching | Stored | None = None
+    if args.taught:
+        teaching = Stored(args.taught, args.distill_embeddings)
+    elif args.teacher:
         teaching = Teaching(args.teacher, args.teacher_checkpoint, args.distill_embeddings, args.distill_logits)
     fit(args.data, args.out, args.preset, args.minutes, trunk=args.trunk, initial=args.initial, lr=args.lr,
         seed=args.seed, workers=args.workers, teaching=teaching, stop_after=args.stop_after)
@@ -44,6 +52,19 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _ship(args: argparse.Namespace) -> None:
     print(f"{args.out}: {ship(args.source, args.out):,} bytes")
+
+
+def _teach(args: argparse.Namespace) -> None:
+    teach(load(args.teacher, runtime=args.runtime, checkpoint=args.checkpoint), args.data, args.out,
+          lite0().spec.embed_size)
+
+
+def _graft(args: argparse.Namespace) -> None:
+    student = load_weights(args.initial)
+    cache = build_cache(args.data, student.spec.image_size)
+    lost = graft(student, load_model(args.teacher, args.checkpoint), open_taught(args.taught, args.data), cache,
+                 args.out)
+    print(f"{args.out}: the narrower token MLPs lose {lost:.1%} of their outputs' variance")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,6 +94,21 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("source", type=Path, help="efficientnet-lite0-57934424.pth")
     p.add_argument("out", type=Path)
     p.set_defaults(run=lambda a: convert_trunk(a.source, a.out))
+    p = commands.add_parser("teach", help="embed packs with a teacher, once")
+    p.add_argument("teacher", help="a bundle, or a model's name with --checkpoint")
+    p.add_argument("--runtime", default="auto")
+    p.add_argument("--checkpoint", type=Path)
+    p.add_argument("--data", type=Path, nargs="+", required=True, help="packs")
+    p.add_argument("--out", type=Path, required=True, help="a .npy file; a JSON is written beside it")
+    p.set_defaults(run=_teach)
+    p = commands.add_parser("graft", help="lite0 with a SAM's prompt decoder, to start from")
+    p.add_argument("teacher", help="a SAM-style model's name")
+    p.add_argument("--checkpoint", type=Path, required=True)
+    p.add_argument("--taught", type=Path, required=True, help="the teacher's embeddings of the packs, made by teach")
+    p.add_argument("--initial", type=Path, required=True, help="lite0 weights whose encoder is kept")
+    p.add_argument("--data", type=Path, nargs="+", required=True, help="packs")
+    p.add_argument("--out", type=Path, required=True)
+    p.set_defaults(run=_graft)
     return parser
 
 
@@ -88,6 +124,7 @@ def _add_fit(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--workers", type=int, default=2, help="threads that decode packs and, on a GPU, make batches")
     p.add_argument("--teacher", help="distil from this model of the registry")
+    p.add_argument("--taught", type=Path, help="distil from these embeddings, made by teach, instead")
     p.add_argument("--teacher-checkpoint", type=Path)
     p.add_argument("--distill-embeddings", type=float, default=1.0, help="weight; 0 turns it off")
     p.add_argument("--distill-logits", type=float, default=1.0, help="weight; 0 turns it off")

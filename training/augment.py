@@ -36,7 +36,10 @@ class Augment:
 
 @dataclass(frozen=True)
 class Window:
-    """The part of a cached image that is shown: top, left, height, width in the cache, then its size when shown."""
+    """The part of a cached image that is shown: top, left, height, width in the cache, then its size when shown.
+
+    ``whole``: all of the image at its normal scale, not flipped.
+    """
 
     top: int
     left: int
@@ -45,6 +48,7 @@ class Window:
     out_height: int
     out_width: int
     flip: bool
+    whole: bool = False
 
 
 def uniform(generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> float:
@@ -70,7 +74,8 @@ def sample_window(content: tuple[int, int], cached: int, size: int, augment: Aug
     left = int(uniform(generator) * (content[1] - width + 1))
     scale = size * zoom / cached
     out_height, out_width = (min(size, max(1, int(v * scale + 0.5))) for v in (height, width))
-    return Window(top, left, height, width, out_height, out_width, uniform(generator) < augment.flip)
+    flip = uniform(generator) < augment.flip
+    return Window(top, left, height, width, out_height, out_width, flip, zoom == 1 and not flip)
 
 
 def cut_image(image: Tensor, window: Window, size: int) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ class Cut:
         covered: uint8 (B * P, S / 4, S / 4), how many of the 16 pixels under each mask pixel belong to the region.
         boxes: float32 (B * P, 4), x0, y0, x1, y1 in the S x S frame.
         colour: float32 (3, B) brightness, contrast and saturation to apply.
+        shown: int64 (B,), the image's place in the cache, or -1 where it was cut, scaled or flipped.
     """
 
     images: Tensor
@@ -35,12 +36,14 @@ class Cut:
     covered: Tensor
     boxes: Tensor
     colour: Tensor
+    shown: Tensor
 
     def batch(self, device: torch.device) -> Batch:
         """Move to the device and finish there."""
         images, valid, covered, boxes, colour = (
             t.to(device, non_blocking=True) for t in (self.images, self.valid, self.covered, self.boxes, self.colour))
-        return Batch(apply_colour(images.float(), colour), valid.float(), covered.float() / MASK_STRIDE ** 2, boxes)
+        return Batch(apply_colour(images.float(), colour), valid.float(), covered.float() / MASK_STRIDE ** 2, boxes,
+                     self.shown)
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,14 @@ class Batch:
         valid: float32 (B, 1, S, S), 0 where the image is padded.
         targets: float32 (B * P, S / 4, S / 4), the covered fraction of each pixel.
         boxes: float32 (B * P, 4), x0, y0, x1, y1 in the S x S frame.
+        shown: int64 (B,) on the CPU, the image's place in the cache, or -1 where it was cut, scaled or flipped.
     """
 
     images: Tensor
     valid: Tensor
     targets: Tensor
     boxes: Tensor
+    shown: Tensor
 
 
 def image_weights(cache: Cache) -> Tensor:
@@ -83,7 +88,7 @@ def make_batch(cache: Cache, weights: Tensor, images: int, prompts: int, size: i
         augment: strength.
         generator: on the CPU; decides images, layers, windows and regions.
     """
-    rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    rows: list[tuple[Tensor, Tensor, Tensor, Tensor, int]] = []
     for _ in range(TRIES * images):
         row = _cut(cache, weights, prompts, size, augment, generator)
         if row is not None:
@@ -92,13 +97,13 @@ def make_batch(cache: Cache, weights: Tensor, images: int, prompts: int, size: i
             break
     else:
         raise ValueError(f"no regions of at least {LEAST_AREA} mask pixels found in {TRIES * images} images")
-    pixels, valid, covered, boxes = zip(*rows, strict=True)
+    pixels, valid, covered, boxes, shown = zip(*rows, strict=True)
     return Cut(torch.stack(pixels), torch.stack(valid), torch.cat(covered), torch.cat(boxes),
-               colour_factors(images, augment, generator))
+               colour_factors(images, augment, generator), torch.tensor(shown))
 
 
 def _cut(cache: Cache, weights: Tensor, prompts: int, size: int, augment: Augment,
-         generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+         generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, int] | None:
     """One image with its regions, or None when the window shows none."""
     index = int(torch.multinomial(weights, 1, generator=generator))
     layers = cache.layers[index]
@@ -115,7 +120,7 @@ def _cut(cache: Cache, weights: Tensor, prompts: int, size: int, augment: Augmen
     masks = labels == ids[order[:prompts]][:, None, None]
     image, valid = cut_image(cache.images[index], window, size)
     covered = F.avg_pool2d(masks.float(), MASK_STRIDE, divisor_override=1).to(torch.uint8)
-    return image, valid, covered, boxes_of(masks)
+    return image, valid, covered, boxes_of(masks), index if window.whole else -1
 
 
 def boxes_of(masks: Tensor) -> Tensor:

@@ -73,6 +73,36 @@ class ModelTeacher:
         return self.logits * per_prompt(errors, prompts.ambiguous).mean()
 
 
+class StoredTeacher:
+    """A :class:`pocketsam.training.rounds.Teacher` of embeddings made beforehand (``teach``), for images shown whole.
+
+    Args:
+        taught: float16 (N, C, h, w), one row for each image of the cache.
+        weight: of the mean square difference, relative to the embeddings' variance.
+    """
+
+    def __init__(self, taught: Tensor, weight: float) -> None:
+        self.taught = taught
+        self.weight = weight / float(taught[:: max(1, len(taught) // 64)].float().var())
+        self.shown = torch.empty(0, dtype=torch.long)
+
+    def observe(self, batch: Batch) -> None:
+        self.shown = batch.shown
+
+    def embedding_loss(self, features: Features) -> Tensor:
+        """Mean square over the images that are shown whole, times their share of the batch."""
+        student = features["image_embeddings"].float()
+        whole = self.shown >= 0
+        target = self.taught[self.shown[whole]].to(student.device).float()
+        size = (student.shape[-2], student.shape[-1])
+        errors = (student[whole.to(student.device)] - _resize(target, size)) ** 2
+        return self.weight * errors.sum() / student.numel()
+
+    def answer_loss(self, prompts: Prompts, logits: Tensor, scores: Tensor) -> Tensor:
+        """Nothing: the answers were not stored."""
+        return logits.new_zeros(())
+
+
 def load_teacher(name: str, checkpoint: Path, device: torch.device, embeddings: float, logits: float) -> ModelTeacher:
     """A teacher from an official checkpoint of any model of the registry."""
     return ModelTeacher(load_model(name, checkpoint).to(device), embeddings, logits)

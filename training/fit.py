@@ -15,14 +15,15 @@ from pocketsam.models.lite0 import LiteEncoder, lite0
 from pocketsam.models.mask_decoder import TwoWayBlock
 from pocketsam.models.sam import SegmentAnything
 from pocketsam.training.convert_trunk import load_trunk
-from pocketsam.training.distill import load_teacher
+from pocketsam.training.distill import StoredTeacher, load_teacher
 from pocketsam.training.loop import Recipe, Trainer
 from pocketsam.training.packs import Cache, build_cache
 from pocketsam.training.parallel import spawn
 from pocketsam.training.presets import PRESETS
 from pocketsam.training.quantized import quantized_episode
-from pocketsam.training.rounds import episode
+from pocketsam.training.rounds import Teacher, episode
 from pocketsam.training.ship import load_weights
+from pocketsam.training.teach import open_taught
 
 # Makes the attention to a token's own place about ten times the attention elsewhere.
 ALIGNED_GAIN = 2.0
@@ -36,6 +37,20 @@ class Teaching:
     checkpoint: Path
     embeddings: float
     logits: float
+
+    def teacher(self, place: torch.device, data: Sequence[Path]) -> Teacher:
+        return load_teacher(self.model, self.checkpoint, place, self.embeddings, self.logits)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A teacher's embeddings of the packs, made by ``teach``, and the weight of their loss."""
+
+    path: Path
+    weight: float
+
+    def teacher(self, place: torch.device, data: Sequence[Path]) -> Teacher:
+        return StoredTeacher(open_taught(self.path, data), self.weight)
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,7 @@ def align_attention(model: SegmentAnything) -> None:
 
 def fit(data: Sequence[Path], out: Path, preset: str, minutes: float, *, trunk: Path | None = None,
         initial: Path | None = None, lr: float | None = None, seed: int = 0, workers: int = 2,
-        teaching: Teaching | None = None, stop_after: float | None = None) -> None:
+        teaching: Teaching | Stored | None = None, stop_after: float | None = None) -> None:
     """Train lite0, or continue the run in ``out``.
 
     Args:
@@ -90,7 +105,7 @@ def fit(data: Sequence[Path], out: Path, preset: str, minutes: float, *, trunk: 
         lr: peak learning rate instead of the preset's.
         seed: of initial weights, data and prompts.
         workers: threads that decode the packs, and on a GPU make the batches.
-        teaching: distil from another model.
+        teaching: distil from another model, or from embeddings that one made.
         stop_after: minutes after which to save and return, to be continued by the same call.
     """
     chosen = PRESETS[preset](minutes)
@@ -98,7 +113,7 @@ def fit(data: Sequence[Path], out: Path, preset: str, minutes: float, *, trunk: 
     recipe = replace(chosen.recipe, seed=seed, lr=lr or chosen.recipe.lr,
                      bf16=chosen.recipe.bf16 and computes_bf16(device))
     cache = build_cache(data, chosen.cache, workers)
-    spawn(chosen.processes, _train, cache, recipe, out, Start(initial, trunk), device, teaching,
+    spawn(chosen.processes, _train, cache, recipe, out, Start(initial, trunk), device, teaching, data,
           workers if device == "cuda" else 0, stop_after)
 
 
@@ -107,8 +122,8 @@ def computes_bf16(device: str) -> bool:
     return device == "cuda" or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(machine()["features"]))
 
 
-def _train(cache: Cache, recipe: Recipe, out: Path, start: Start, device: str, teaching: Teaching | None,
-           workers: int, stop_after: float | None) -> None:
+def _train(cache: Cache, recipe: Recipe, out: Path, start: Start, device: str, teaching: Teaching | Stored | None,
+           data: Sequence[Path], workers: int, stop_after: float | None) -> None:
     place = torch.device(device)
     if place.type == "cuda":
         # Every worker thread would otherwise start threads of its own.
@@ -121,6 +136,5 @@ def _train(cache: Cache, recipe: Recipe, out: Path, start: Start, device: str, t
         raise ValueError("training for int8 has the float model as its teacher; it takes no other")
     loss = partial(quantized_episode, weight=recipe.quantized) if recipe.quantized else episode
     if teaching is not None:
-        teacher = load_teacher(teaching.model, teaching.checkpoint, place, teaching.embeddings, teaching.logits)
-        loss = partial(episode, teacher=teacher)
+        loss = partial(episode, teacher=teaching.teacher(place, data))
     Trainer(model, cache, recipe, out, loss, workers).run(stop_after=stop_after)

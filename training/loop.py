@@ -36,8 +36,9 @@ class Phase:
         size: input side S.
         images: B images per step.
         prompts: P regions per image.
-        rounds: answers per prompt.
+        rounds: answers per prompt; 0 learns the teacher's embeddings alone.
         frozen: leading trunk stages (and the stem) that keep their ImageNet weights; -1 freezes nothing.
+        augment: instead of the recipe's.
     """
 
     until: float
@@ -46,6 +47,7 @@ class Phase:
     prompts: int
     rounds: int
     frozen: int = -1
+    augment: Augment | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Recipe:
         phases: in order.
         steps: length of the run in steps, or None when ``minutes`` rules.
         minutes: length of the run in minutes of wall clock, counted over resumptions.
-        lr: peak rate of the new layers; the trunk gets ``lr * trunk_lr``.
+        lr: peak rate of the new layers; the trunk gets ``lr * trunk_lr``, the prompt decoder ``lr * decoder_lr``.
         warmup: fraction of the run.
         ema: decay of the weight average.
         bf16: autocast the forward pass; ``fit`` turns it off on CPUs that only emulate it.
@@ -69,6 +71,7 @@ class Recipe:
     minutes: float | None = None
     lr: float = 6e-4
     trunk_lr: float = 0.25
+    decoder_lr: float = 1.0
     weight_decay: float = 0.05
     warmup: float = 0.03
     clip: float = 1.0
@@ -162,7 +165,7 @@ class Trainer:
         phase = self._phase_at(step)
         generator = seeded("cpu", self.recipe.seed, rank(), step, "batch")
         return phase, make_batch(self.cache, self.weights, phase.images, phase.prompts, phase.size,
-                                 self.recipe.augment, generator)
+                                 phase.augment or self.recipe.augment, generator)
 
     def train_step(self) -> dict[str, Tensor]:
         """One update; returns the scalars of the loss."""
@@ -235,7 +238,7 @@ def parameter_groups(model: SegmentAnything, recipe: Recipe) -> list[dict[str, A
     """New layers and trunk, each with and without weight decay; norms, biases and embeddings are not decayed."""
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
-        scale = recipe.trunk_lr if ".trunk." in name else 1.0
+        scale = recipe.trunk_lr if ".trunk." in name else 1.0 if "image_encoder." in name else recipe.decoder_lr
         plain = parameter.ndim < 2 or "embed" in name or "_token" in name
         groups.setdefault((scale, 0.0 if plain else recipe.weight_decay), []).append(parameter)
     return [{"params": p, "scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()]

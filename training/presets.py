@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pocketsam.training.augment import Augment
 from pocketsam.training.loop import Phase, Recipe
 
 
@@ -56,6 +57,19 @@ def cpu(minutes: float) -> Preset:
     return Preset(Recipe(phases, minutes=minutes, ema=0.999, bf16=True), cache=512, processes=2)
 
 
+def taught(minutes: float) -> Preset:
+    """Two cores for two hours, from ``graft``: a teacher's stored embeddings first, then masks as well."""
+    whole, most = Augment(whole=1, flip=0), Augment(whole=0.7, flip=0.3)
+    phases = (
+        Phase(0.12, 256, 8, 1, 0, frozen=0, augment=whole),
+        Phase(0.25, 384, 6, 1, 0, frozen=1, augment=whole),
+        Phase(0.78, 384, 2, 8, 2, frozen=1, augment=most),
+        Phase(1.0, 512, 2, 8, 2, frozen=1, augment=most),
+    )
+    recipe = Recipe(phases, minutes=minutes, lr=1e-3, trunk_lr=0.5, decoder_lr=0.3, ema=0.998, bf16=True)
+    return Preset(recipe, cache=512, processes=2)
+
+
 def int8(minutes: float) -> Preset:
     """Two cores for an hour, from trained weights: as ``hours``, but on 8-bit activations (``quantized.py``)."""
     phases = (
@@ -65,4 +79,4 @@ def int8(minutes: float) -> Preset:
     return Preset(Recipe(phases, minutes=minutes, lr=3e-4, ema=0.995, quantized=30.0), cache=384, processes=2)
 
 
-PRESETS = {"gpu": gpu, "quick": quick, "hours": hours, "cpu": cpu, "int8": int8}
+PRESETS = {"gpu": gpu, "quick": quick, "hours": hours, "cpu": cpu, "taught": taught, "int8": int8}

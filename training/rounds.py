@@ -88,7 +88,7 @@ def episode(model: SegmentAnything, batch: Batch, rounds: int, generator: torch.
     Args:
         model: in training mode.
         batch: B images, M = B * P regions.
-        rounds: at least 1.
+        rounds: 0 learns the teacher's embeddings alone.
         generator: on the model's device.
         teacher: adds its losses to ``loss``.
 
@@ -97,10 +97,10 @@ def episode(model: SegmentAnything, batch: Batch, rounds: int, generator: torch.
     """
     size = batch.images.shape[-1]
     encoded = encode(model, batch.images, batch.valid)
+    totals: dict[str, Tensor] = {"loss": encoded["image_embeddings"].new_zeros(())}
     features = repeat(encoded, len(batch.targets) // len(batch.images))
     prompts = first_prompts(batch.targets, batch.boxes, size, generator)
     mask: Tensor | None = None
-    totals: dict[str, Tensor] = {}
     if teacher is not None:
         teacher.observe(batch)
         totals["distill"] = teacher.embedding_loss(encoded)

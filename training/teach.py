@@ -1,0 +1,112 @@
+"""A teacher's image embeddings of whole packs, made once, so that a student can learn them at the cost of its encoder.
+
+A file of them is a float16 array (N, C, h, w) in the order of the packs, the teacher's map averaged to the student's
+size, with a JSON beside it that says whose they are and how many are done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pocketsam.files import staged_file
+from pocketsam.labelled import Pack, read_stored
+from pocketsam.predictor import Predictor
+
+SAVE_EVERY = 50
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a file of embeddings holds.
+
+    Attributes:
+        model, weights_sha256: the teacher.
+        packs: file names, in order.
+        photos: rows N.
+        done: rows that are written.
+    """
+
+    model: str
+    weights_sha256: str
+    packs: tuple[str, ...]
+    photos: int
+    done: int = 0
+
+
+def teach(teacher: Predictor, packs: Sequence[Path], out: Path, side: int) -> Taught:
+    """Embed every photo of some packs; an interrupted call continues.
+
+    Args:
+        teacher: any model in any runtime; its frame must be padded as the student's is, right and bottom.
+        packs: tars.
+        out: ``.npy`` file.
+        side: h = w of the student's embedding, a divisor of the teacher's.
+
+    Raises:
+        ValueError: sides that do not divide, or ``out`` holds another teacher's or other packs' embeddings.
+    """
+    size = teacher.spec.embed_size
+    if size % side:
+        raise ValueError(f"the teacher's embedding has side {size}, which {side} does not divide")
+    photos = 0
+    for path in packs:
+        with Pack.open(path) as pack:
+            photos += len(pack.rows)
+    plan = Taught(teacher.spec.name, teacher.weights_sha256, tuple(p.name for p in packs), photos)
+    done = _done(out, plan)
+    shape = (photos, teacher.spec.embed_dim, side, side)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = np.lib.format.open_memmap(out, "r+" if done else "w+", np.float16, shape)
+    stored = (x for path in packs for x in read_stored(path))
+    for i, photo in enumerate(stored):
+        if i < done:
+            continue
+        features = torch.from_numpy(teacher.embed(photo.decode().image).features["image_embeddings"])
+        rows[i] = F.avg_pool2d(features, size // side)[0].numpy()
+        if (i + 1) % SAVE_EVERY == 0 or i + 1 == photos:
+            rows.flush()
+            done = i + 1
+            with staged_file(_beside(out)) as staged:
+                staged.write_text(json.dumps(asdict(plan) | {"done": done}))
+            print(f"{done} of {photos}", flush=True)
+    return read_taught(out)
+
+
+def read_taught(path: Path) -> Taught:
+    """The description beside a file of embeddings."""
+    values = json.loads(_beside(path).read_text())
+    return Taught(**{**values, "packs": tuple(values["packs"])})
+
+
+def open_taught(path: Path, packs: Sequence[Path]) -> Tensor:
+    """Map a finished file of embeddings of these packs: float16 (N, C, h, w).
+
+    Raises:
+        ValueError: it is unfinished or belongs to other packs.
+    """
+    taught = read_taught(path)
+    if taught.done != taught.photos or taught.packs != tuple(p.name for p in packs):
+        raise ValueError(f"{path} holds {taught.done} of {taught.photos} photos of {', '.join(taught.packs)}; "
+                         f"expected all of {', '.join(p.name for p in packs)}")
+    return torch.from_numpy(np.lib.format.open_memmap(path, "r+"))
+
+
+def _beside(out: Path) -> Path:
+    return out.with_suffix(".json")
+
+
+def _done(out: Path, plan: Taught) -> int:
+    if not (out.is_file() and _beside(out).is_file()):
+        return 0
+    found = read_taught(out)
+    if found != Taught(**{**asdict(plan), "done": found.done}):
+        raise ValueError(f"{out} holds embeddings of {found.model} for {', '.join(found.packs)}; choose another file")
+    return found.done
