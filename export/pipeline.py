@@ -19,7 +19,8 @@ from pocketsam.api import open_bundle
 from pocketsam.bundle import MANIFEST, Artifact, Bundle, read_bundle, to_json
 from pocketsam.errors import BundleError, OutputError, ParityError, UnknownName, UnsupportedModel, UsageError
 from pocketsam.export import rewrites
-from pocketsam.export.graphs import ClickGraph, DecoderGraph, EncoderGraph, Graph, bytes_of
+from pocketsam.export.conversions import Conversion, Source, convert_all, module
+from pocketsam.export.graphs import Graph, bytes_of
 from pocketsam.files import sha256_file, sha256_path, size_of, staged_folder
 from pocketsam.images import ImageLike, Rgb, load_rgb
 from pocketsam.models.catalog import spec as spec_of
@@ -38,7 +39,7 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
                   slots: int = DEFAULT_SLOTS, gate: float | None = None, images: Sequence[ImageLike] | None = None,
                   image_size: int | None = None, clicks: bool = True, report: Report = lambda text: None,
                   calibration: Path | None = None, calibration_images: int = CALIBRATION_IMAGES,
-                  search_seconds: float = 0) -> Bundle:
+                  search_seconds: float = 0, jobs: int = 1) -> Bundle:
     """Export a model and prove every artifact against the PyTorch reference.
 
     Args:
@@ -56,6 +57,7 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
         calibration: for int8: folder or pack of images; by default the photos that ship with the package.
         calibration_images: for int8: how many images to calibrate on.
         search_seconds: for int8: how long to look for layers to keep in float when a gate is missed.
+        jobs: processes that convert the float graphs, each of which holds the model.
 
     Raises:
         CheckpointError, UnknownName, UsageError: bad input.
@@ -63,7 +65,7 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
         ParityError: an artifact misses its gate; nothing is written.
         OutputError: the folder cannot be written.
     """
-    exporters = _check(formats, precisions, slots, gate)
+    exporters = _check(formats, precisions, slots, gate, jobs)
     recipes = [p for p in precisions if p in registry.RECIPES]
     asked, precisions = precisions, _floats(precisions)
     old = _existing(out)
@@ -87,17 +89,10 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
     kept = list(old.artifacts) if old is not None and same else []
     tools = {"pocketsam": pocketsam.__version__, "python": platform.python_version()}
     with staged_folder(out) as staging:
-        rows: list[Artifact] = []
         for exporter in exporters:
             tools |= exporter.tools()
-            for precision in precisions:
-                if precision not in exporter.precisions:
-                    report(f"skipping {exporter.name} {precision}: this format has {', '.join(exporter.precisions)}")
-                    continue
-                for graph in spec.graphs(slots):
-                    if graph in CLICK_GRAPHS and not clicks:
-                        continue
-                    rows.append(_make(exporter, loaded, graph, precision, slots, sha256, kept, old, staging, report))
+        source = Source(model, checkpoint, image_size, slots)
+        rows = _make(source, loaded, exporters, precisions, clicks, sha256, kept, old, staging, jobs, report)
         rows += _carry_over(kept, rows, old, staging, recipes)
         floats = loaded if recipes else None
         del loaded
@@ -107,11 +102,12 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
                         report)
         if recipes:
             reference = registry.load("runtime", "pytorch").from_checkpoint(model, checkpoint, image_size=image_size)
-            def module(graph: str, format_: str) -> Graph:
+            def converted(graph: str, format_: str) -> Graph:
                 """What an exporter converts."""
-                return _module(registry.load("format", format_), floats, graph, slots)
+                assert floats is not None
+                return module(registry.load("format", format_), floats, graph, slots)
 
-            bundle = _quantize(bundle, reference, exporters, recipes, module, gate, rgbs, images_to_calibrate,
+            bundle = _quantize(bundle, reference, exporters, recipes, converted, gate, rgbs, images_to_calibrate,
                                search_seconds, kept, old, report)
             bundle = _without_unasked(bundle, asked, kept)
         (staging / MANIFEST).write_text(to_json(bundle), encoding="utf-8")
@@ -119,7 +115,9 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
     return replace(bundle, root=out)
 
 
-def _check(formats: Sequence[str], precisions: Sequence[str], slots: int, gate: float | None) -> list[Any]:
+def _check(formats: Sequence[str], precisions: Sequence[str], slots: int, gate: float | None, jobs: int) -> list[Any]:
+    if jobs < 1:
+        raise UsageError(f"jobs is {jobs}; expected at least 1.")
     if not formats or not precisions:
         raise UsageError("nothing to export: name at least one format and one precision.")
     if not 2 <= slots <= 512:
@@ -164,30 +162,33 @@ def _existing(out: Path) -> Bundle | None:
         return None
 
 
-def _make(exporter: Any, model: Any, graph: str, precision: str, slots: int, sha256: str, kept: list[Artifact],
-          old: Bundle | None, staging: Path, report: Report) -> Artifact:
+def _make(source: Source, model: Any, exporters: Sequence[Any], precisions: Sequence[str], clicks: bool, sha256: str,
+          kept: list[Artifact], old: Bundle | None, staging: Path, jobs: int, report: Report) -> list[Artifact]:
+    """Every artifact of the float precisions: kept where nothing changed, else converted."""
     spec: ModelSpec = model.spec
-    graph_spec = spec.graphs(slots)[graph]
-    relative = f"{exporter.name}/{graph}.{precision}.{exporter.extension}"
-    path = staging / relative
-    path.parent.mkdir(exist_ok=True)
-    key = _key(spec, graph_spec, exporter, precision, sha256)
-    same = next((a for a in kept if a.path == relative and a.key == key), None)
-    if same is not None and old is not None and _copy(old, same, path):
-        report(f"kept {relative}")
-        return same
-    report(f"exporting {relative}")
-    exporter.export(_module(exporter, model, graph, slots), graph_spec, precision, path)
-    return Artifact(relative, graph, exporter.name, precision, sha256_path(path), size_of(path),
-                    _rows(graph_spec.inputs), _rows(graph_spec.outputs), key)
-
-
-def _module(exporter: Any, model: Any, graph: str, slots: int) -> Graph:
-    if graph == "encoder":
-        return EncoderGraph(model).eval()
-    if graph == "decoder":
-        return DecoderGraph(rewrites.with_absorbed_decoder(model) if exporter.absorb else model, slots).eval()
-    return ClickGraph(model, graph).eval().requires_grad_(False)
+    graphs = {name: g for name, g in spec.graphs(source.slots).items() if clicks or name not in CLICK_GRAPHS}
+    rows: list[Artifact] = []
+    tasks: list[Conversion] = []
+    for exporter in exporters:
+        for precision in precisions:
+            if precision not in exporter.precisions:
+                report(f"skipping {exporter.name} {precision}: this format has {', '.join(exporter.precisions)}")
+                continue
+            for name, graph in graphs.items():
+                relative = f"{exporter.name}/{name}.{precision}.{exporter.extension}"
+                key = _key(spec, graph, exporter, precision, sha256)
+                same = next((a for a in kept if a.path == relative and a.key == key), None)
+                if same is not None and old is not None and _copy(old, same, staging / relative):
+                    report(f"kept {relative}")
+                    rows.append(same)
+                    continue
+                (staging / relative).parent.mkdir(exist_ok=True)
+                tasks.append(Conversion(exporter.name, name, precision, staging / relative))
+                rows.append(Artifact(relative, name, exporter.name, precision, "", 0, _rows(graph.inputs),
+                                     _rows(graph.outputs), key))
+    convert_all(tasks, model, source, jobs, report)
+    return [r if r.sha256 else replace(r, sha256=sha256_path(staging / r.path), bytes=size_of(staging / r.path))
+            for r in rows]
 
 
 def _copy(old: Bundle, row: Artifact, path: Path) -> bool:

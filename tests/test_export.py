@@ -18,9 +18,11 @@ from goldens import Golden
 
 import pocketsam
 from pocketsam import registry
+from pocketsam.builtin import builtin_weights
 from pocketsam.bundle import MANIFEST, read_bundle
-from pocketsam.errors import BundleError, OutputError, ParityError, UnsupportedModel
+from pocketsam.errors import BundleError, OutputError, ParityError, UnsupportedModel, UsageError, WorkerError
 from pocketsam.export import onnx as onnx_export
+from pocketsam.export.conversions import Conversion, Source, convert_all
 from pocketsam.export.graphs import EncoderGraph
 from pocketsam.quantize.onnx import OnnxQuantizer
 
@@ -165,3 +167,28 @@ def test_exported_bundle_equals_the_goldens(golden_checkpoint: Callable[[str], P
             assert np.abs(result.scores - golden.arrays[f"{name}/{mode}/iou"]).max() <= 2e-5
             low = result.logits[:, 1::4, 2::4][:, ::2, ::2]
             assert np.abs(low - golden.arrays[f"{name}/{mode}/low_sub"]).max() <= 1e-4
+
+
+def test_several_processes_make_the_same_bundle(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"formats": ["onnx", "openvino"], "image_size": 128, "clicks": False}
+    lines: list[str] = []
+    one = pocketsam.export("lite0", out=tmp_path / "one.bundle", **options)
+    two = pocketsam.export("lite0", out=tmp_path / "two.bundle", jobs=2, report=lines.append, **options)
+    assert [(a.path, a.key) for a in two.artifacts] == [(a.path, a.key) for a in one.artifacts]
+    assert all(a.measured["all"]["mean"] > 0.999 for a in two.artifacts)
+    assert read_bundle(two.root) == two
+    assert "exporting 4 graphs in 2 processes" in lines
+
+
+def test_a_lost_process_is_one_sentence(tmp_path: Path) -> None:
+    weights = builtin_weights("lite0")
+    assert weights is not None
+    tasks = [Conversion("onnx", g, "fp32", tmp_path / f"{g}.fp32.onnx") for g in ("encoder", "decoder")]
+    model = Source("lite0", weights, 128, 8).load()
+    with pytest.raises(WorkerError, match=r"nothing was written, try again with --jobs 1"):
+        convert_all(tasks, model, Source("lite0", tmp_path / "none.safetensors", 128, 8), 2, lambda text: None)
+
+
+def test_no_process_is_no_export(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="jobs is 0; expected at least 1"):
+        pocketsam.export("lite0", out=tmp_path / "none.bundle", jobs=0)

@@ -27,6 +27,7 @@ from pocketsam.registry import RUNTIME_FORMATS
 from pocketsam.tune import time_runtime
 
 PRECISIONS = ("fp32",)
+MOST_JOBS = 4
 THUMBNAIL = 300
 PROMPTS = ("click", "box", "everything")
 EVERYTHING_GRID = 8
@@ -62,7 +63,8 @@ def run(folder: Path, threads: int | None, report: Report) -> tuple[list[list[st
     if not formats:
         raise MissingDependency("torch", "all", "the demo")
     out = folder / f"{BUILTIN_MODEL}.bundle"
-    bundle = export(BUILTIN_MODEL, formats=formats, precisions=PRECISIONS, out=out, report=report)
+    bundle = export(BUILTIN_MODEL, formats=formats, precisions=PRECISIONS, out=out, report=report,
+                    jobs=min(machine()["cores"], MOST_JOBS))
     rows: list[list[str]] = []
     columns: list[Column] = []
     for runtime, format_ in RUNTIME_FORMATS.items():

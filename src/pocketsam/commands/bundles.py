@@ -44,6 +44,7 @@ def export(
                                                          "less certain.")] = CALIBRATION_IMAGES,
     search: Annotated[float, typer.Option(help="For int8: seconds to look for layers to keep in float when the gate "
                                                "is missed, for each format.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Processes that convert graphs at once; each holds the model.")] = 1,
     json_: Json = False,
 ) -> None:
     """Export a checkpoint to a bundle, proven against PyTorch."""
@@ -57,7 +58,7 @@ def export(
     bundle = pocketsam.export(model, checkpoint=checkpoint, formats=formats(to), precisions=names(precision),
                               out=output or Path(f"{model}.bundle"), slots=slots, gate=gate, images=images,
                               image_size=image_size, clicks=clicks, calibration=calibration,
-                              calibration_images=calibration_images, search_seconds=search,
+                              calibration_images=calibration_images, search_seconds=search, jobs=jobs,
                               report=lambda t: progress(t, json_))
     if json_:
         from pocketsam.bundle import to_json
