@@ -5,7 +5,8 @@
     python tools/make_models_doc.py --measured WORK_FOLDER       # the same results, a line for each model
 
 Models without a checkpoint ``FOLDER/MODEL.pt`` get deterministic, untrained weights: speed and size do not depend on
-them, and their agreement says how exact the export is; their int8 files are not held to a gate. A bundle in the folder
+them, and their agreement says how exact the export is; their int8 files are not held to a gate, and ``--data`` is not
+asked of them. Official files are known by their sha256. A bundle in the folder
 that holds everything is not exported again, a model whose ``bench.json`` is complete is not measured again. What
 a format that refuses a model says is kept in the model's folder. ``--discard`` removes what was exported.
 """
@@ -34,7 +35,9 @@ from pocketsam.builtin import BUILTIN_MODEL, checkpoint_for
 from pocketsam.bundle import read_bundle
 from pocketsam.doctor import machine
 from pocketsam.errors import PocketSamError
+from pocketsam.files import sha256_file
 from pocketsam.images import load_rgb
+from pocketsam.models.checkpoints import CHECKPOINTS
 from pocketsam.parity import compare
 from pocketsam.photos import photo_paths
 from pocketsam.predictor import Predictor
@@ -61,9 +64,9 @@ and limits: [bench-schema.md](bench-schema.md).
 
 torch.compile is PyTorch's own compiler on both halves. Rows named torch.onnx.export and ORT dynamic int8 are what a
 plain exporter ships: the model without our rewrites, in ONNX Runtime with default options, and ONNX Runtime's dynamic
-quantization of it. The row transformers is Hugging Face's SamModel in PyTorch, with random weights. Models other than
-lite0 carry deterministic, untrained weights here.
+quantization of it. The row transformers is Hugging Face's SamModel in PyTorch, with random weights.
 """
+UNTRAINED = "Deterministic, untrained weights: times and sizes are a trained model's, masks and agreement are not."
 
 
 def main() -> None:
@@ -102,11 +105,12 @@ def measure(model: str, args: argparse.Namespace) -> None:
     heavy = model.startswith(HEAVY)
     rounds = max(3, args.rounds // 3) if heavy else args.rounds
     plan = Plan(rounds, extra=rounds // 2, **({"calls": (1, 10), "warmup": 1} if heavy else {}))
-    data = args.data if model == BUILTIN_MODEL else None
+    data = args.data if is_trained(model, checkpoint) else None
     options = Options(plan=plan, checkpoint=str(checkpoint or ""), data=data, images=args.images, regions=8,
                       rivals=others, operators=led, compiled=led)
     result = run(bundle, options, folder, print)
     add_rival_facts(result, model, checkpoint, others, args.work / f"{model}.rivals")
+    result["model"]["trained"] = is_trained(model, checkpoint)
     write(result, folder / RESULT)
     write_reports([result], folder)
     if args.discard:
@@ -124,7 +128,7 @@ def export(model: str, checkpoint: Path | None, bundle: Path, folder: Path, cali
                          calibration=calibration, report=print, **options)
 
     if model in MODELS:
-        make(list(TIMED), list(PRECISIONS), gate=None if model == BUILTIN_MODEL else 0.0)
+        make(list(TIMED), list(PRECISIONS), gate=None if is_trained(model, checkpoint) else 0.0)
         return
     # One photo and few calibration images: their weights show no accuracy.
     few: dict[str, Any] = {"images": photo_paths()[:1], "calibration_images": 8, "clicks": False}
@@ -156,6 +160,11 @@ def holds_everything(bundle: Path) -> bool:
         return False
     held = {(a.format, a.precision) for a in read_bundle(bundle).artifacts if a.graph == "encoder"}
     return held >= {(f, p) for f in TIMED for p in PRECISIONS if (f, p) != ("onnx", "fp16")}
+
+
+def is_trained(model: str, checkpoint: Path | None) -> bool:
+    """Whether the weights are the built-in ones or an official file."""
+    return checkpoint is None or sha256_file(checkpoint) in {c.sha256 for c in CHECKPOINTS if c.model == model}
 
 
 def find_checkpoint(model: str, folder: Path) -> Path | None:
@@ -200,6 +209,7 @@ def document(results: list[dict[str, Any]]) -> str:
     for result in results:
         mark_slower(result["rows"])
         out += [f"## {result['model']['name']}", "", facts(result), ""]
+        out += [] if result["model"].get("trained") else [UNTRAINED, ""]
         if calm := result.get("calm", {}).get("disturbed"):
             out += [f"The machine was disturbed in {calm} of {result['calm']['rounds']} rounds.", ""]
         out += [*table([list(HEADS), *(cells(r) for r in result["rows"])]), ""]

@@ -1,10 +1,12 @@
 """Measure the int8 artifacts of bundles and write docs/int8.md with pictures.
 
-    python tools/int8_docs.py BUNDLE --data PACK [--images 60] [--untrained BUNDLE ...] [--out docs/int8.md]
+    python tools/int8_docs.py BUNDLE ... --data PACK [--images 60] [--checkpoints FOLDER] [--untrained BUNDLE ...]
+        [--out docs/int8.md]
 
-BUNDLE is lite0 with fp32 and int8 in every format (``pocketsam export lite0 --to onnx,openvino,litert,coreml
---precision fp32,fp16,int8 --calibration PACK``), PACK a labelled pack that calibration has not seen. ``--untrained``
-bundles carry weights that mean nothing: for them sizes, times and layers are reported, and no accuracy.
+Each BUNDLE has fp32 and int8 in every format (``pocketsam export lite0 --to onnx,openvino,litert,coreml --precision
+fp32,fp16,int8 --calibration PACK``) and, unless it is lite0, its checkpoint in FOLDER/MODEL.pt; PACK is a labelled pack
+that calibration has not seen. The pictures show the shipped photos, whose licences allow it. ``--untrained`` bundles
+carry weights that mean nothing: for them sizes, times and layers are reported, and no accuracy.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 import pocketsam
 from pocketsam.benchmarks.work import share_in_8_bits
+from pocketsam.builtin import BUILTIN_MODEL
 from pocketsam.bundle import Artifact, Bundle, read_bundle
 from pocketsam.doctor import machine
 from pocketsam.quantize.page import pictures
@@ -29,27 +32,42 @@ PACKAGES = ("torch", "onnxruntime", "openvino", "nncf", "ai-edge-litert", "ai-ed
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundles", type=Path, nargs="+")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--images", type=int, default=60)
+    parser.add_argument("--checkpoints", type=Path, default=Path())
     parser.add_argument("--untrained", type=Path, nargs="*", default=[])
     parser.add_argument("--out", type=Path, default=Path("docs/int8.md"))
     args = parser.parse_args(argv)
-    bundle = read_bundle(args.bundle)
-    reference = pocketsam.load(bundle.spec.name, runtime="pytorch")
-    rows, cases = measure(bundle, reference, ["int8"], args.data, args.images, lambda t: print(t, file=sys.stderr))
-    lines = [*head(args), *accuracy(bundle, rows), *worst(cases, args.out)]
+    lines = head(args)
+    for path in args.bundles:
+        lines += trained(read_bundle(path), args)
     for path in args.untrained:
         lines += untrained(read_bundle(path))
     args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"wrote {args.out}", file=sys.stderr)
 
 
+def trained(bundle: Bundle, args: argparse.Namespace) -> list[str]:
+    """The section of a model whose masks mean something."""
+    def report(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    name = bundle.spec.name
+    checkpoint = None if name == BUILTIN_MODEL else args.checkpoints / f"{name}.pt"
+    reference = pocketsam.load(name, checkpoint=checkpoint, runtime="pytorch")
+    rows, _ = measure(bundle, reference, ["int8"], args.data, args.images, report)
+    _, cases = measure(bundle, reference, ["int8"], None, 0, report)
+    return [*accuracy(bundle, rows), *worst(name, cases, args.out)]
+
+
 def head(args: argparse.Namespace) -> list[str]:
     """What was measured, on what, and by which command."""
     facts = machine()
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
-    command = f"$ python tools/int8_docs.py {args.bundle.name} --data {args.data.name} --images {args.images}"
+    bundles = " ".join(p.name for p in args.bundles)
+    command = f"$ python tools/int8_docs.py {bundles} --data {args.data.name} --images {args.images}"
+    command += " --checkpoints FOLDER" if args.checkpoints != Path() else ""
     command += f" --untrained {' '.join(p.name for p in args.untrained)}" if args.untrained else ""
     return ["# int8", "", "Made by the command below; do not edit. "
             f"{facts['cpu']}, {facts['cores']} cores, {' '.join(facts['features'])}, 2 threads, "
@@ -84,16 +102,18 @@ def accuracy(bundle: Bundle, rows: Sequence[Row]) -> list[str]:
     return [*out, ""]
 
 
-def worst(cases: Sequence[Case], out: Path) -> list[str]:
-    """The worst masks as pictures beside the page."""
+def worst(model: str, cases: Sequence[Case], out: Path) -> list[str]:
+    """The worst masks on the shipped photos as pictures beside the page."""
     folder = out.with_suffix("")
     folder.mkdir(exist_ok=True)
-    lines = ["### The worst masks", "", "| prompt | fp32 | int8 | where they differ |", "|---|---|---|---|"]
+    lines = ["### The worst masks on the shipped photos", "", "| prompt | fp32 | int8 | where they differ |",
+             "|---|---|---|---|"]
     for i, case in enumerate(cases):
         cells = []
         for name, jpeg in zip(("fp32", "int8", "difference"), pictures(case), strict=True):
-            (folder / f"{i}_{name}.jpg").write_bytes(jpeg)
-            cells.append(f"![{name}]({folder.name}/{i}_{name}.jpg)")
+            file = f"{model}_{i}_{name}.jpg"
+            (folder / file).write_bytes(jpeg)
+            cells.append(f"![{name}]({folder.name}/{file})")
         lines.append(f"| {case.title}, IoU {case.iou:.3f} | {' | '.join(cells)} |")
     return [*lines, ""]
 

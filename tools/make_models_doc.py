@@ -49,9 +49,10 @@ Encoders, one image at the native side, PyTorch eager against the exported forma
 own, taking turns, by `python tools/bench_docs.py FOLDER MODEL ...`. Times are medians; *faster* is the median
 over rounds of the ratio to PyTorch, so that a drift of the machine cancels. The best is the runtime with the highest
 ratio; Core ML needs a Mac and is not timed. *Agreement* is the mean mask IoU of the fp32 files with PyTorch on one
-photo, in the format where it is lowest, Core ML included. Sizes are those of the encoder in MB, fp32 / int8. Weights
-are deterministic and untrained, so nothing is said of what int8 does to masks; formats that refuse a model are named
-below the table. A dash: not measured.
+photo, in the format where it is lowest, Core ML included. Sizes are those of the encoder in MB, fp32 / int8. Most
+weights are deterministic and untrained, so nothing is said here of what int8 does to masks;
+[benchmarks.md](benchmarks.md) says it of trained ones. Formats that refuse a model are named below the table. A dash:
+not measured.
 
 | model | PyTorch ms | best fp32 | ms | faster | best of all | faster | agreement | ONNX | OpenVINO | LiteRT | Core ML |
 |---|---|---|---|---|---|---|---|---|---|---|---|
