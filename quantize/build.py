@@ -174,18 +174,19 @@ class _Pair:
         job = self._job("encoder")
         tool = self.quantizer(job)
         path = self._path("encoder")
-        floats = 0 if job.prepared is None else job.prepared.floats
-        names = tool.layers()
-        first = frozenset(names[:floats])
+        layers = tool.layers()
+        floats = [] if job.prepared is None else job.prepared.in_float(layers)
+        if len(floats) > 1:
+            self.stage.report(f"{len(floats)} of {len(layers)} layers stay in float")
 
         def measure(keep: frozenset[str], images: Sequence[Rgb]) -> dict[str, Any]:
             remove(path)
-            tool.write(path, keep | first)
+            tool.write(path, keep.union(floats))
             row = self._row("encoder", path, key)
             return agreement(self.reference, self._open(row, decoder), images).summary()
 
         trials = self.stage.calibration.images[:SEARCH_IMAGES]
-        search = Search(names[floats:], measure, self.stage.images, trials, self.gate,
+        search = Search([n for n in layers if n not in floats], measure, self.stage.images, trials, self.gate,
                         self.stage.seconds, f"{key}-{self.format}", self.stage.report,
                         lambda: self._ratio("encoder", self._row("encoder", path, key), decoder))
         found = search.run()
@@ -194,7 +195,7 @@ class _Pair:
                 f"{self.format} {self.recipe} agrees with PyTorch by a mean mask IoU of at most "
                 f"{found.measured['all']['mean']:.4f} (worst {found.measured['all']['worst']:.4f}), with "
                 f"{len(found.keep)} layers in float, below the gate of {self.gate}; nothing was written.")
-        found = replace(found, keep=(*names[:floats], *found.keep))
+        found = replace(found, keep=(*floats, *found.keep))
         return self._row("encoder", path, key), found
 
     def _decoder(self, encoder: Artifact, fp32: Artifact, key: str,

@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pocketsam.errors import UnsupportedModel
@@ -52,9 +54,13 @@ class CoreMlQuantizer:
         """Versions that an artifact depends on."""
         return {"coremltools": metadata.version("coremltools")}
 
-    def layers(self) -> list[str]:
-        """Names of the weighted operators."""
-        return _weighted(self.job.source)
+    def layers(self) -> dict[str, NDArray[Any]]:
+        """The weighted operators."""
+        names = _weighted(self.job.source)
+        layers = [] if self.job.prepared is None else self.job.prepared.layers
+        if len(layers) != len(names):
+            return dict.fromkeys(names, np.empty(0))
+        return {name: layer.module.weight.numpy() for name, layer in zip(names, layers, strict=True)}
 
     def write(self, path: Path, keep: frozenset[str] = frozenset()) -> None:
         """Write the package, with the operators of ``keep`` in float."""
@@ -63,7 +69,7 @@ class CoreMlQuantizer:
             return
         prepared = self.job.prepared
         sources = _operators(self.job.source, prepared.layers)
-        rounded = [i for i, name in enumerate(sources) if i >= prepared.floats and name not in keep]
+        rounded = [i for i, name in enumerate(sources) if name not in keep]
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "activations.mlpackage"
             self._convert(prepared.layers, rounded).save(str(package))

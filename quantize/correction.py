@@ -27,15 +27,18 @@ from pocketsam.quantize.grid import Grid, Weighted
 from pocketsam.quantize.hooks import Hook, hooked
 from pocketsam.quantize.ranges import Range, clip, round_values
 from pocketsam.quantize.rounding import round_weights
+from pocketsam.quantize.sensitivity import sensitive
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish)
 # Images of a batch, and bytes that all layers may write for it: one image makes 0.9 GB in MobileSAM.
 BATCH_IMAGES = 8
 BATCH_BYTES = 2 << 30
 # Part of every int8 artifact's key: raise it when what this package computes changes.
-METHOD = 11
+METHOD = 12
 # Share of the weights that the leading layers in float may hold, the first one apart: lite0's stem and two blocks.
 FLOAT_SHARE = 0.002
+# Images that show which layers are sensitive.
+JUDGES = 2
 
 
 @dataclass
@@ -70,16 +73,28 @@ class Prepared:
     Attributes:
         module: float, with rounded weights and corrected biases.
         layers: what was seen of the weighted layers, in execution order, the first one included.
-        floats: leading layers that stay in float.
+        leading: how many of the first ones stay in float.
+        sensitive: others that do.
     """
 
     module: nn.Module
     layers: list[Layer]
-    floats: int
+    leading: int
+    sensitive: list[Layer]
 
     def layer_of(self, weights: NDArray[Any]) -> Layer | None:
         """The rounded layer with these weights, in whatever layout a format keeps them; None if there is none."""
         return self._rounded.get(_digest(weights))
+
+    def in_float(self, names: dict[str, NDArray[Any]]) -> list[str]:
+        """The names of layers that stay in float.
+
+        Args:
+            names: a format's layers in execution order, with their weights in any layout.
+        """
+        others = {_digest(layer.module.weight.numpy()) for layer in self.sensitive}
+        return [name for i, (name, weights) in enumerate(names.items())
+                if i < self.leading or (others and _digest(weights) in others)]
 
     @functools.cached_property
     def _rounded(self) -> dict[str, Layer]:
@@ -92,7 +107,8 @@ def prepare(module: nn.Module, images: Sequence[Rgb], grid: Grid, activations: b
 
     Layers are rounded and corrected in execution order, each behind those that already are. The weights stay rounded,
     so that the format's tool finds them on its own grid, and the activations where they will be. The first layers stay
-    as they are: on the largest maps there are few weights, and their errors go through everything behind them.
+    as they are: on the largest maps there are few weights, and their errors go through everything behind them. So do
+    layers that no range suits (:mod:`pocketsam.quantize.sensitivity`).
 
     Args:
         module: takes uint8 (B, S, S, 3); its normalisations are folded away.
@@ -109,16 +125,18 @@ def prepare(module: nn.Module, images: Sequence[Rgb], grid: Grid, activations: b
             changed(torch.from_numpy(image))
     # A module may hold layers that it does not run, such as a classifier.
     layers = sorted((layer for layer in layers if layer.means), key=lambda layer: layer.order)
-    floats = _leading(layers)
-    rounded = layers[floats:]
+    leading = _leading(layers)
+    rounded, floats = layers[leading:], []
     count = min(BATCH_IMAGES, len(images), max(1, BATCH_BYTES // sum(layer.written for layer in layers)))
     batch = torch.from_numpy(np.concatenate(images[:count]))
     if activations:
         with hooked(clip(rounded)):
             changed(batch)
+        floats = sensitive(changed, rounded, batch[:JUDGES])
+        rounded = [layer for layer in rounded if not any(layer is f for f in floats)]
     with hooked(_correct(rounded, grid, activations, count)):
         changed(batch)
-    return Prepared(changed, layers, floats)
+    return Prepared(changed, layers, leading, floats)
 
 
 def _leading(layers: Sequence[Layer]) -> int:

@@ -58,9 +58,9 @@ class LiteRtQuantizer:
         """Versions that an artifact depends on."""
         return {"ai-edge-quantizer": metadata.version("ai-edge-quantizer")}
 
-    def layers(self) -> list[str]:
-        """Names of the tensors that weighted operators write."""
-        return [o.writes for o in self._operators()]
+    def layers(self) -> dict[str, NDArray[Any]]:
+        """The tensors that weighted operators write."""
+        return {o.writes: o.weights for o in self._operators()}
 
     def write(self, path: Path, keep: frozenset[str] = frozenset()) -> None:
         """Write the quantized flatbuffer, with the operators that write the tensors of ``keep`` in float."""

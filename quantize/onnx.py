@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnxruntime import quantization as ortq
 from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -55,9 +56,11 @@ class OnnxQuantizer:
         """Versions that an artifact depends on."""
         return {"onnxruntime": metadata.version("onnxruntime")}
 
-    def layers(self) -> list[str]:
-        """Names of the nodes with constant weights."""
-        return [n.name for n in self._weighted(onnx.load(str(self._prepared)))]
+    def layers(self) -> dict[str, NDArray[Any]]:
+        """The nodes with constant weights."""
+        model = onnx.load(str(self._prepared))
+        values = {i.name: i for i in model.graph.initializer}
+        return {n.name: numpy_helper.to_array(values[n.input[1]]) for n in self._weighted(model)}
 
     def write(self, path: Path, keep: frozenset[str] = frozenset()) -> None:
         """Write the quantized model, with the nodes of ``keep`` in float."""

@@ -48,9 +48,10 @@ class OpenVinoQuantizer:
         """Versions that an artifact depends on."""
         return {"nncf": metadata.version("nncf")}
 
-    def layers(self) -> list[str]:
-        """Names of the operators with constant weights."""
-        return [o.get_friendly_name() for o in self._read().get_ordered_ops() if _weighted(o)]
+    def layers(self) -> dict[str, NDArray[Any]]:
+        """The operators with constant weights."""
+        return {o.get_friendly_name(): weights for o in self._read().get_ordered_ops()
+                if (weights := _weights(o)) is not None}
 
     def write(self, path: Path, keep: frozenset[str] = frozenset()) -> None:
         """Write the quantized IR, with the operators of ``keep`` in float."""

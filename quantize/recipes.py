@@ -99,8 +99,8 @@ class Quantizer(Protocol):
         """Versions that an artifact depends on."""
         ...
 
-    def layers(self) -> list[str]:
-        """Names of the weighted layers in execution order; leading ones stay in float anyway (``Prepared.floats``)."""
+    def layers(self) -> dict[str, NDArray[Any]]:
+        """Names of the weighted layers in execution order, with their weights in the format's layout."""
         ...
 
     def write(self, path: Path, keep: frozenset[str] = frozenset()) -> None:

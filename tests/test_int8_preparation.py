@@ -110,7 +110,7 @@ def test_layers_are_found_by_their_weights_in_any_layout(lite0_images: list[Any]
     model = load_model("lite0", builtin_weights("lite0"))
     rewrites.prepare(model)
     prepared = prepare(EncoderGraph(model).eval(), lite0_images[:1], "full", activations=True)
-    for layer in prepared.layers[prepared.floats:]:
+    for layer in prepared.layers[prepared.leading:]:
         weights = layer.module.weight.numpy()
         assert prepared.layer_of(weights.transpose(0, 2, 3, 1)) is layer
         assert prepared.layer_of(weights.transpose(1, 2, 3, 0)) is layer

@@ -282,7 +282,7 @@ def test_layers_kept_in_float_are_larger(toy_everywhere: Path, tmp_path: Path, f
     job = Job(bundle.spec.encoder_graph(), bundle.file(row), None, recipe,
               lambda batch: ({"image": i} for i in images.encoder_inputs(bundle.spec)))
     tool = check(format_, recipe)(job)
-    names = tool.layers()
+    names = list(tool.layers())
     assert len(names) >= 8
     sizes = []
     for i, keep in enumerate((frozenset(), frozenset(names[:len(names) // 2]), frozenset(names))):
