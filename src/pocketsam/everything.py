@@ -90,7 +90,7 @@ class Settings:
 
 # Thresholds are statements about a model's own scores. lite0's are lower than those of SAM ViT-H, for which the
 # official defaults were chosen.
-OWN_DEFAULTS: dict[str, dict[str, Any]] = {"lite0": {"pred_iou": 0.4, "stability": 0.2, "min_region": 100}}
+OWN_DEFAULTS: dict[str, dict[str, Any]] = {"lite0": {"pred_iou": 0.5, "stability": 0.5, "min_region": 100}}
 
 
 def default_settings(model: str) -> Settings:

@@ -97,6 +97,9 @@ def compare_clicks(reference: Predictor, candidate: Predictor, images: Iterable[
                    side: int = CLICK_SIDE) -> Agreement:
     """The candidate's click graphs against the reference's prompt decoder, on a grid of clicks.
 
+    All three masks of a click are compared, each with its own: ``everything`` filters them one by one, and for a click
+    without an object the scores are nearly tied, so that the first rank would be chance.
+
     Args:
         images: uint8 (H, W, 3) RGB.
         side: points per side of the grid.
@@ -111,11 +114,9 @@ def compare_clicks(reference: Predictor, candidate: Predictor, images: Iterable[
         (_, ref_masks, ref_scores), (_, masks, scores) = answers
         result.note_error("low_res_masks", ref_masks, masks)
         result.note_error("iou_predictions", ref_scores, scores)
-        for i in range(len(points)):
-            token, other = int(ref_scores[i].argmax()), int(scores[i].argmax())
-            result.flips += token != other
-            a, b = (masks_from_logits(m[i, t][None], frame)[0] for m, t in ((ref_masks, token), (masks, other)))
-            result.ious["point"].append(mask_iou(a, b))
+        result.flips += int((ref_scores.argmax(1) != scores.argmax(1)).sum())
+        for a, b in zip(ref_masks.reshape(-1, *masks.shape[2:]), masks.reshape(-1, *masks.shape[2:]), strict=True):
+            result.ious["point"].append(mask_iou(*(masks_from_logits(m[None], frame)[0] for m in (a, b))))
         result.images += 1
     return result
 
