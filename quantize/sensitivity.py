@@ -9,7 +9,7 @@ until the features are good enough.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -57,16 +57,17 @@ def sensitive(module: nn.Module, layers: Sequence[Layer], batch: Tensor) -> list
 
 
 def _decibels(truth: Tensor, other: Tensor) -> float:
-    """Signal to noise of one feature map (B, C, h, w); what a channel has everywhere is no signal."""
-    signal = (truth - truth.mean((0, 2, 3), keepdim=True)).square().sum()
+    """Signal to noise of one feature map (B, C, ...); what a channel has everywhere is no signal."""
+    signal = (truth - truth.mean((0, *range(2, truth.ndim)), keepdim=True)).square().sum()
     return float(10 * torch.log10(signal / (other - truth).square().sum().clamp(min=1e-30)))
 
 
 def _looking(layers: Sequence[Layer], spoiled: dict[int, float]) -> Iterator[Hook]:
     """Note for each layer the mean over its output's channels of noise over variance, at most 1 each."""
     def look(layer: Layer, x: Tensor, output: Tensor) -> None:
+        module: Any = layer.module
         # Around its hooks.
-        rounded = type(layer.module).forward(layer.module, round_values(x, *layer.reads))
+        rounded = type(module).forward(module, round_values(x, *layer.reads))
         if not layer.activated:
             rounded = round_values(rounded, *layer.writes)
         axes = tuple(range(output.ndim - 1)) if isinstance(layer.module, nn.Linear) else (0, 2, 3)

@@ -53,7 +53,7 @@ def test_an_episode_is_pulled_to_the_float_model() -> None:
     targets[0, 4:18, 6:24] = 1
     targets[1, 16:30, 2:12] = 1
     boxes = torch.tensor([[24.0, 16.0, 96.0, 72.0], [8.0, 64.0, 48.0, 120.0]])
-    batch = Batch(torch.rand(1, 3, 128, 128) * 255, torch.ones(1, 1, 128, 128), targets, boxes)
+    batch = Batch(torch.rand(1, 3, 128, 128) * 255, torch.ones(1, 1, 128, 128), targets, boxes, torch.tensor([-1]))
     parts = quantized_episode(model, batch, 2, torch.Generator().manual_seed(1), weight=30.0)
     none = quantized_episode(model, batch, 2, torch.Generator().manual_seed(1), weight=0.0)
     assert float(parts["distill"]) > 0
