@@ -25,6 +25,7 @@ from pocketsam.training.batches import image_weights, make_batch
 from pocketsam.training.feed import seeded
 from pocketsam.training.packs import Cache
 from pocketsam.training.prompts import first_prompts
+from pocketsam.training.rounds import set_input_size
 
 BATCHES, IMAGES, PROMPTS = 40, 8, 8
 # Of the spread of an embedding channel, what a residual block adds at the start.
@@ -89,9 +90,7 @@ def _mlp_inputs(teacher: SegmentAnything, taught: Tensor, cache: Cache, batches:
     size = cache.size
     seen = [_Seen() for _ in _blocks(teacher)]
     hooks = [b.mlp.register_forward_pre_hook(s.add) for b, s in zip(_blocks(teacher), seen, strict=True)]
-    encoder = teacher.prompt_encoder
-    before = encoder.image_size, encoder.embed_size
-    encoder.image_size, encoder.embed_size = size, taught.shape[-1]
+    set_input_size(teacher, size)
     weights, plain = image_weights(cache), Augment(whole=1, flip=0, colour=0, grey=0)
     for step in range(batches):
         cut = make_batch(cache, weights, IMAGES, PROMPTS, size, plain, seeded("cpu", "graft", step))
@@ -99,7 +98,7 @@ def _mlp_inputs(teacher: SegmentAnything, taught: Tensor, cache: Cache, batches:
         prompts = first_prompts(batch.targets, batch.boxes, size, seeded("cpu", "graft prompts", step))
         features = {"image_embeddings": taught[batch.shown].float().repeat_interleave(PROMPTS, 0)}
         teacher.decode(features, prompts.coords, prompts.labels, None, None, fixed_slots=True)
-    encoder.image_size, encoder.embed_size = before
+    set_input_size(teacher, teacher.spec.image_size)
     for hook in hooks:
         hook.remove()
     return [torch.cat(s.rows) for s in seen]
