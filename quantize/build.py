@@ -239,6 +239,7 @@ class _Pair:
         static = self.recipe == "int8"
         if graph == "encoder" and self.recipe in CORRECTED:
             prepared = self.prepared.encoder(self.format, self.quantizer.grid() if static else "full", static)
+            prepared = prepared.written(self.quantizer.scales, self.quantizer.rounds_outputs)
             exporter = registry.load("format", self.format)
             source = Path(self.folder.name) / f"encoder.{exporter.extension}"
             exporter.export(prepared.module, graph_spec, "fp32", source)

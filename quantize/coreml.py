@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pocketsam.errors import UnsupportedModel
 from pocketsam.export.coreml import PlanarImage, convert, coremltools, quiet
+from pocketsam.quantize.channels import Form
 from pocketsam.quantize.correction import Layer
 from pocketsam.quantize.grid import Grid, Weighted
 from pocketsam.quantize.hooks import Hook, hooked
@@ -36,6 +37,8 @@ class CoreMlQuantizer:
 
     name = "coreml"
     recipes: tuple[str, ...] = ("int8", "int8-weights")
+    scales: Form = "multiply"
+    rounds_outputs = True
 
     @staticmethod
     def grid() -> Grid:

@@ -22,19 +22,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pocketsam.images import Rgb
+from pocketsam.quantize.channels import Form, fold_behind, has_scales, write_scales
 from pocketsam.quantize.equalize import equalize
 from pocketsam.quantize.grid import Grid, Weighted
 from pocketsam.quantize.hooks import Hook, hooked
 from pocketsam.quantize.ranges import Range, clip, round_values
 from pocketsam.quantize.rounding import round_weights
-from pocketsam.quantize.sensitivity import sensitive
+from pocketsam.quantize.sensitivity import mend
 
-ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish)
+# The first two become part of an 8-bit layer everywhere; ONNX Runtime and LiteRT round what goes into the others.
+FUSED = (nn.ReLU, nn.ReLU6)
+ACTIVATIONS = (*FUSED, nn.GELU, nn.SiLU, nn.Hardswish)
 # Images of a batch, and bytes that all layers may write for it: one image makes 0.9 GB in MobileSAM.
 BATCH_IMAGES = 8
 BATCH_BYTES = 2 << 30
 # Part of every int8 artifact's key: raise it when what this package computes changes.
-METHOD = 13
+METHOD = 14
 # Share of the weights that the leading layers in float may hold, the first one apart: lite0's stem and two blocks.
 FLOAT_SHARE = 0.002
 # Images that show which layers are sensitive.
@@ -50,7 +53,9 @@ class Layer:
         means: (C,) of the output's channels, one for each image.
         reads, writes: lowest and highest value of its input and output; with 8-bit activations, the range they are
             clipped to.
-        activated: its output goes to an activation, and is rounded only behind it.
+        unscaled: what ``writes`` was before a scale was put behind the layer.
+        activated: its output goes to an activation.
+        fused: to one that it is one operator with, so that it is rounded only behind that.
         order: of execution.
         written: bytes of its output for one image.
         scales: (O,) of its rounded weights; None while they are float.
@@ -60,7 +65,9 @@ class Layer:
     means: list[Tensor] = field(default_factory=list)
     reads: Range = (0.0, 0.0)
     writes: Range = (0.0, 0.0)
+    unscaled: Range = (0.0, 0.0)
     activated: bool = False
+    fused: bool = False
     order: int = 0
     written: int = 0
     scales: Tensor | None = None
@@ -96,6 +103,21 @@ class Prepared:
         return [name for i, (name, weights) in enumerate(names.items())
                 if i < self.leading or (others and _digest(weights) in others)]
 
+    def written(self, form: Form, rounds_outputs: bool) -> Prepared:
+        """The same for a format's converter.
+
+        Args:
+            form: how scales of channels are written.
+            rounds_outputs: whether the format rounds what layers write; scales behind them are of no use to others.
+        """
+        found = self
+        if not rounds_outputs and has_scales(self.module):
+            module, layers, sensitive = copy.deepcopy((self.module, self.layers, self.sensitive))
+            fold_behind(module, layers)
+            found = Prepared(module, layers, self.leading, sensitive)
+        write_scales(found.module, form)
+        return found
+
     @functools.cached_property
     def _rounded(self) -> dict[str, Layer]:
         return {_digest(layer.module.weight.numpy()): layer for layer in self.layers if layer.scales is not None}
@@ -108,7 +130,7 @@ def prepare(module: nn.Module, images: Sequence[Rgb], grid: Grid, activations: b
     Layers are rounded and corrected in execution order, each behind those that already are. The weights stay rounded,
     so that the format's tool finds them on its own grid, and the activations where they will be. The first layers stay
     as they are: on the largest maps there are few weights, and their errors go through everything behind them. So do
-    layers that no range suits (:mod:`pocketsam.quantize.sensitivity`).
+    layers that no range suits, while others get a scale for each channel (:mod:`pocketsam.quantize.sensitivity`).
 
     Args:
         module: takes uint8 (B, S, S, 3); its normalisations are folded away.
@@ -132,7 +154,7 @@ def prepare(module: nn.Module, images: Sequence[Rgb], grid: Grid, activations: b
     if activations:
         with hooked(clip(rounded)):
             changed(batch)
-        floats = sensitive(changed, rounded, batch[:JUDGES])
+        floats = mend(changed, rounded, batch, JUDGES)
         rounded = [layer for layer in rounded if not any(layer is f for f in floats)]
     with hooked(_correct(rounded, grid, activations, count)):
         changed(batch)
@@ -164,9 +186,10 @@ def _observe(layers: Sequence[Layer], module: nn.Module) -> Iterator[Hook]:
         layer.writes = _widened(layer.writes, output)
         last["layer"] = layer, output
 
-    def act(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def act(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if last and last["layer"][1] is inputs[0]:
-            last["layer"][0].activated = True
+            layer = last["layer"][0]
+            layer.activated, layer.fused = True, isinstance(part, FUSED)
 
     for layer in layers:
         yield layer.module, "after", lambda _, i, o, layer=layer: look(layer, i, o)
@@ -193,7 +216,7 @@ def _correct(layers: Sequence[Layer], grid: Grid, activations: bool, images: int
             shift = torch.stack(layer.means[:images]).mean(0) - _channel_means(output, module)
             module.bias.data += shift
             output = output + (shift if isinstance(module, nn.Linear) else shift[:, None, None])
-        return round_values(output, *layer.writes) if activations and not layer.activated else output
+        return round_values(output, *layer.writes) if activations and not layer.fused else output
 
     for layer in layers:
         yield layer.module, "before", lambda _, i, layer=layer: read(layer, i)

@@ -20,6 +20,7 @@ from pocketsam.quantize.litert_file import compact
 from pocketsam.quantize.recipes import Job
 
 if TYPE_CHECKING:
+    from pocketsam.quantize.channels import Form
     from pocketsam.quantize.ranges import Range
 
 CONVOLUTIONS = ("CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D_TRANSPOSE")
@@ -43,6 +44,8 @@ class LiteRtQuantizer:
 
     name = "litert"
     recipes: tuple[str, ...] = ("int8", "int8-dynamic", "int8-weights")
+    scales: Form = "bound"
+    rounds_outputs = True
 
     @staticmethod
     def grid() -> Grid:
@@ -103,7 +106,7 @@ class LiteRtQuantizer:
             if (layer := self.job.layer_of(operator.weights)) is not None:
                 found[operator.reads] = layer.reads
                 # Behind a matrix product the bias may still be to come.
-                if operator.kind in CONVOLUTIONS and not layer.activated:
+                if operator.kind in CONVOLUTIONS and not layer.fused:
                     found[operator.writes] = layer.writes
         return found
 

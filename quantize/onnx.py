@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -23,8 +23,13 @@ from pocketsam.quantize.onnx_sums import SUMS, sum_in_float
 from pocketsam.quantize.recipes import Job, narrow_grid
 from pocketsam.quantize.tables import SMALLEST, Table, along, in_8_bits, is_table
 
+if TYPE_CHECKING:
+    from pocketsam.quantize.channels import Form
+
 CONVOLUTIONS = ("Conv", "ConvTranspose")
-WEIGHTED = (*CONVOLUTIONS, "Gemm", "MatMul")
+# Their 8-bit kernels can write floats; those of convolutions cannot.
+PRODUCTS = ("Gemm", "MatMul")
+WEIGHTED = (*CONVOLUTIONS, *PRODUCTS)
 # What stands between weighted layers; softmax, normalisation and products of computed tensors stay in float, and sums:
 # each would round a residual stream once more.
 BETWEEN = ("Resize", "Clip", "Relu")
@@ -38,6 +43,8 @@ class OnnxQuantizer:
 
     name = "onnx"
     recipes: tuple[str, ...] = ("int8", "int8-weights")
+    scales: Form = "divide"
+    rounds_outputs = True
 
     grid = staticmethod(narrow_grid)
 
@@ -79,7 +86,8 @@ class OnnxQuantizer:
             # Unsigned weights would not saturate either, and are ten times slower than fp32 on AVX2.
             ortq.quantize_static(
                 str(self._prepared), str(path), None, quant_format=ortq.QuantFormat.QDQ,
-                per_channel=True, extra_options={"TensorQuantOverrides": self._overrides(model, wanted)},
+                per_channel=True, extra_options={"TensorQuantOverrides": self._overrides(model, wanted),
+                                                 "OpTypesToExcludeOutputQuantization": list(PRODUCTS)},
                 activation_type=ortq.QuantType.QUInt8,
                 weight_type=ortq.QuantType.QInt8, op_types_to_quantize=[*WEIGHTED, *BETWEEN],
                 nodes_to_quantize=sorted(wanted | between), calibration_cache_path=ranges)
@@ -100,7 +108,7 @@ class OnnxQuantizer:
                  "quant_type": ortq.QuantType.QInt8} for s in layer.scales.numpy()]
             found[node.input[0]] = [_span(layer.reads)]
             # Behind a matrix product the bias is still to come.
-            if node.op_type in CONVOLUTIONS and not layer.activated:
+            if node.op_type in CONVOLUTIONS and not layer.fused:
                 found[node.output[0]] = [_span(layer.writes)]
         return found
 

@@ -19,6 +19,7 @@ from pocketsam.quantize.recipes import Job, narrow_grid
 from pocketsam.quantize.tables import in_8_bits, is_table
 
 if TYPE_CHECKING:
+    from pocketsam.quantize.channels import Form
     from pocketsam.quantize.correction import Layer
     from pocketsam.quantize.ranges import Range
 
@@ -36,6 +37,8 @@ class OpenVinoQuantizer:
 
     name = "openvino"
     recipes: tuple[str, ...] = ("int8", "int8-weights")
+    scales: Form = "reshape"
+    rounds_outputs = False
 
     grid = staticmethod(narrow_grid)
 
@@ -97,12 +100,13 @@ class OpenVinoQuantizer:
 
     @staticmethod
     def _computed(model: ov.Model) -> list[str]:
-        """Products of two computed tensors (attention, mask head) collapse in 8 bits, and sums would round a residual
-        stream once more; both stay in float.
+        """Products of two computed tensors (attention, mask head) collapse in 8 bits, sums would round a residual
+        stream once more, and what a scale for each channel mends must not be rounded before it: all stay in float.
         """
         return [o.get_friendly_name() for o in model.get_ordered_ops()
                 if (o.get_type_name() == "MatMul" and not _weighted(o))
-                or (o.get_type_name() == "Add" and not _adds_constant(o))]
+                or (o.get_type_name() == "Add" and not _adds_constant(o))
+                or o.get_type_name() == "Multiply"]
 
 
 def _weighted(operator: Any) -> bool:

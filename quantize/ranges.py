@@ -39,12 +39,12 @@ def clipped(x: Tensor, span: Range) -> Range:
 
 
 def clip(layers: list[Layer]) -> Iterator[Hook]:
-    """Hooks that narrow what layers read, and what those without an activation write, on the images that run."""
+    """Hooks that narrow what layers read, and what those without a fused activation write, on the images that run."""
     def read(layer: Layer, inputs: tuple[Tensor, ...]) -> None:
         layer.reads = clipped(inputs[0], layer.reads)
 
     def write(layer: Layer, output: Tensor) -> None:
-        if not layer.activated:
+        if not layer.fused:
             layer.writes = clipped(output, layer.writes)
 
     for layer in layers:

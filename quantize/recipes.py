@@ -25,6 +25,7 @@ from pocketsam.specs import GraphSpec
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from pocketsam.quantize.channels import Form
     from pocketsam.quantize.correction import Layer, Prepared
     from pocketsam.quantize.grid import Grid
 
@@ -84,10 +85,14 @@ class Quantizer(Protocol):
         name: of the format.
         recipes: what the format has.
         grid: of weights in recipe ``int8``, a function because it may depend on the processor.
+        scales: how scales of channels must be written so that the format's converter leaves them where they are.
+        rounds_outputs: whether what a layer writes is rounded even where it goes on in float.
     """
 
     name: str
     recipes: tuple[str, ...]
+    scales: Form
+    rounds_outputs: bool
 
     @staticmethod
     def grid() -> Grid: ...

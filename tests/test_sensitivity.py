@@ -1,7 +1,8 @@
-"""Layers whose activations no single range suits are found, and stay in float in every format."""
+"""Layers whose activations no single range suits are found, get scales, or stay in float in every format."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pocketsam.quantize.correction import Prepared, prepare
+from pocketsam.quantize.channels import ChannelScale, Form, Plan, Side, can_scale, put, write_scales
+from pocketsam.quantize.correction import Layer, Prepared, prepare
 
 
 class Spiked(nn.Module):
@@ -49,22 +51,75 @@ def prepared_for(spike: float, images: list[Any]) -> Prepared:
     return prepare(Spiked(spike).eval(), images, "full", activations=True)
 
 
-def test_a_layer_behind_a_few_large_channels_stays_in_float(images: list[Any]) -> None:
+def test_scales_mend_what_a_few_large_channels_spoil(images: list[Any]) -> None:
     found = prepared_for(300.0, images)
     module: Any = found.module
-    assert [layer.module for layer in found.sensitive] == [module.depthwise]
+    assert not found.sensitive
+    for scale in (module.expand[-1], module.depthwise[0]):
+        assert isinstance(scale, ChannelScale)
+        assert scale.factors.max() / scale.factors.min() > 100
+
+
+def test_what_no_scale_mends_stays_in_float(images: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pocketsam.quantize.sensitivity.can_scale", lambda _: False)
+    found = prepared_for(300.0, images)
+    module: Any = found.module
+    assert [layer.module for layer in found.sensitive] == [module.expand, module.depthwise]
     assert found.sensitive[0].scales is None
     assert torch.equal(module.depthwise.weight, Spiked(300.0).depthwise.weight), "its weights are not rounded"
     assert module.project.weight.ne(Spiked(300.0).project.weight).any()
-
-
-def test_a_plain_model_has_none(images: list[Any]) -> None:
-    assert not prepared_for(1.0, images).sensitive
-
-
-def test_formats_find_float_layers_by_their_weights(images: list[Any]) -> None:
-    found = prepared_for(300.0, images)
-    module: Any = found.module
+    # Formats find them by their weights, in whatever layout.
     layouts = {"a": module.stem.weight.numpy(), "b": module.expand.weight.numpy(),
                "c": module.depthwise.weight.numpy().transpose(1, 2, 3, 0), "d": module.project.weight.numpy()}
-    assert found.in_float(layouts) == ["a", "c"]
+    assert found.in_float(layouts) == ["a", "b", "c"]
+
+
+def test_a_plain_model_is_left_alone(images: list[Any]) -> None:
+    found = prepared_for(1.0, images)
+    assert not found.sensitive
+    assert not any(isinstance(m, ChannelScale) for m in found.module.modules())
+
+
+@pytest.mark.parametrize("form", ["multiply", "divide", "bound", "reshape"])
+@pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Conv2d(6, 4, 3, padding=1), nn.Conv2d(6, 12, 3, groups=6)])
+@pytest.mark.parametrize("chosen", [["before"], ["behind"], ["before", "behind"]])
+def test_scales_change_nothing_in_float(layer: nn.Linear | nn.Conv2d, form: Form, chosen: list[str]) -> None:
+    torch.manual_seed(0)
+    layer = copy.deepcopy(layer)
+    holder = nn.ModuleList([layer])
+    x = torch.randn(2, 5, 6) if isinstance(layer, nn.Linear) else torch.randn(2, 6, 8, 8)
+    expected, weights = layer(x), layer.weight.clone()
+    before, behind = torch.rand(6) + 0.1, torch.rand(len(weights)) + 0.1
+    sides = {"before": Side(before, (-1.0, 1.0)), "behind": Side(behind, (-2.0, 2.0))}
+    known = Layer(layer, [torch.ones(len(weights))], (-9.0, 9.0), (-9.0, 9.0))
+    put(holder, known, Plan(**{side: sides[side] for side in chosen}))
+    write_scales(holder, form)
+    torch.testing.assert_close(holder[0](x), expected)
+    assert not torch.equal(layer.weight, weights)
+    assert known.reads == ((-1.0, 1.0) if "before" in chosen else (-9.0, 9.0))
+    assert known.writes == ((-2.0, 2.0) if "behind" in chosen else (-9.0, 9.0))
+    torch.testing.assert_close(known.means[0] * (behind if "behind" in chosen else 1), torch.ones(len(weights)))
+
+
+def test_scales_behind_go_back_where_outputs_stay_in_float(images: list[Any]) -> None:
+    found = prepared_for(300.0, images)
+    x = torch.from_numpy(images[0])
+    other = found.written("reshape", rounds_outputs=False)
+    torch.testing.assert_close(other.module(x), found.module(x), rtol=1e-4, atol=1e-4)
+    module: Any = other.module
+    assert isinstance(module.expand[-1], nn.Identity)
+    assert isinstance(module.depthwise[0], ChannelScale)
+    kept: Any = found.module
+    layer = other.layer_of(module.expand[0].weight.numpy())
+    assert layer is not None
+    assert found.layer_of(module.expand[0].weight.numpy()) is None
+    assert layer.scales is not None
+    codes = module.expand[0].weight / layer.scales[:, None, None, None]
+    torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-3)
+    assert isinstance(kept.expand[-1], ChannelScale)
+    assert found.written("divide", rounds_outputs=True) is found
+
+
+def test_layers_that_mix_some_channels_get_no_scales() -> None:
+    assert not can_scale(nn.Conv2d(8, 8, 3, groups=4))
+    assert can_scale(nn.Conv2d(8, 16, 3, groups=8))
