@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from pocketsam.quantize.channels import Form
 
 CONVOLUTIONS = ("Conv", "ConvTranspose")
-# Their 8-bit kernels can write floats; those of convolutions cannot.
-PRODUCTS = ("Gemm", "MatMul")
-WEIGHTED = (*CONVOLUTIONS, *PRODUCTS)
+# Their 8-bit kernel can write floats; that of convolutions cannot, and MatMul's fails on batches (ONNX Runtime 1.32).
+WRITE_FLOATS = ("Gemm",)
+WEIGHTED = (*CONVOLUTIONS, *WRITE_FLOATS, "MatMul")
 # What stands between weighted layers; softmax, normalisation and products of computed tensors stay in float, and sums:
 # each would round a residual stream once more.
 BETWEEN = ("Resize", "Clip", "Relu")
@@ -87,7 +87,7 @@ class OnnxQuantizer:
             ortq.quantize_static(
                 str(self._prepared), str(path), None, quant_format=ortq.QuantFormat.QDQ,
                 per_channel=True, extra_options={"TensorQuantOverrides": self._overrides(model, wanted),
-                                                 "OpTypesToExcludeOutputQuantization": list(PRODUCTS)},
+                                                 "OpTypesToExcludeOutputQuantization": list(WRITE_FLOATS)},
                 activation_type=ortq.QuantType.QUInt8,
                 weight_type=ortq.QuantType.QInt8, op_types_to_quantize=[*WEIGHTED, *BETWEEN],
                 nodes_to_quantize=sorted(wanted | between), calibration_cache_path=ranges)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
 
+from pocketsam import registry
+from pocketsam.models.catalog import spec
 from pocketsam.quantize.channels import ChannelScale, Form, Plan, Side, can_scale, put, write_scales
 from pocketsam.quantize.correction import Layer, Prepared, prepare
+from pocketsam.quantize.recipes import Job, check
+from pocketsam.quantize.sensitivity import _decibels
+from pocketsam.specs import GraphSpec
 
 
 class Spiked(nn.Module):
@@ -47,8 +55,10 @@ def images() -> list[Any]:
     return [rng.integers(0, 256, (1, 32, 32, 3), dtype=np.uint8) for _ in range(2)]
 
 
-def prepared_for(spike: float, images: list[Any]) -> Prepared:
-    return prepare(Spiked(spike).eval(), images, "full", activations=True)
+def prepared_for(spike: float, images: list[Any], light: int = 0) -> Prepared:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pocketsam.quantize.sensitivity.LIGHT", light)
+        return prepare(Spiked(spike).eval(), images, "full", activations=True)
 
 
 def test_scales_mend_what_a_few_large_channels_spoil(images: list[Any]) -> None:
@@ -60,9 +70,8 @@ def test_scales_mend_what_a_few_large_channels_spoil(images: list[Any]) -> None:
         assert scale.factors.max() / scale.factors.min() > 100
 
 
-def test_what_no_scale_mends_stays_in_float(images: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pocketsam.quantize.sensitivity.can_scale", lambda _: False)
-    found = prepared_for(300.0, images)
+def test_layers_of_little_work_stay_in_float_instead(images: list[Any]) -> None:
+    found = prepared_for(300.0, images, light=64)
     module: Any = found.module
     assert [layer.module for layer in found.sensitive] == [module.expand, module.depthwise]
     assert found.sensitive[0].scales is None
@@ -123,3 +132,44 @@ def test_scales_behind_go_back_where_outputs_stay_in_float(images: list[Any]) ->
 def test_layers_that_mix_some_channels_get_no_scales() -> None:
     assert not can_scale(nn.Conv2d(8, 8, 3, groups=4))
     assert can_scale(nn.Conv2d(8, 16, 3, groups=8))
+
+
+@pytest.fixture(scope="module")
+def contract() -> GraphSpec:
+    graph = spec("lite0").encoder_graph()
+    return replace(graph, inputs=(replace(graph.inputs[0], shape=(1, 32, 32, 3)),),
+                   outputs=(replace(graph.outputs[0], shape=(1, 8, 16, 16)),))
+
+
+@pytest.mark.parametrize("format_", ["onnx", "openvino", "litert"])
+def test_converters_leave_scales_where_they_are(format_: str, images: list[Any], contract: GraphSpec,
+                                                tmp_path: Path) -> None:
+    tool = check(format_, "int8")
+    found = prepared_for(300.0, images).written(tool.scales, tool.rounds_outputs)
+    exporter = registry.load("format", format_)
+    source = tmp_path / f"encoder.{exporter.extension}"
+    exporter.export(found.module, contract, "fp32", source)
+    job = Job(contract, source, found.module, "int8", lambda _: ({"image": i} for i in images), 2, found)
+    layers = tool(job).layers()
+    known = [found.layer_of(weights) for weights in layers.values()]
+    assert len(known) == 5
+    assert known[0] is None, "the first layer stays in float"
+    assert None not in known[1:], "the converter changed weights that were rounded"
+
+
+def test_the_file_keeps_what_scales_mend(images: list[Any], contract: GraphSpec, tmp_path: Path) -> None:
+    def decibels(scaled: bool) -> float:
+        with pytest.MonkeyPatch.context() as patch:
+            if not scaled:
+                patch.setattr("pocketsam.quantize.correction.mend", lambda *_: [])
+            found = prepared_for(300.0, images).written("divide", rounds_outputs=True)
+        source, path = tmp_path / "encoder.onnx", tmp_path / f"{scaled}.onnx"
+        registry.load("format", "onnx").export(found.module, contract, "fp32", source)
+        job = Job(contract, source, found.module, "int8", lambda _: ({"image": i} for i in images), 2, found)
+        check("onnx", "int8")(job).write(path)
+        session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        ours = torch.from_numpy(session.run(None, {"image": images[0]})[0])
+        return _decibels(Spiked(300.0)(torch.from_numpy(images[0]))[0], ours)
+
+    assert decibels(scaled=False) < 10
+    assert decibels(scaled=True) > 20

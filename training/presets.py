@@ -82,6 +82,17 @@ def further(minutes: float) -> Preset:
     return Preset(recipe, cache=512, processes=2)
 
 
+def clicks(minutes: float) -> Preset:
+    """Two cores for a quarter of an hour, from the weights of ``further``: corrections, behind a frozen trunk."""
+    most = Augment(whole=0.7, flip=0.3)
+    phases = (
+        Phase(0.4, 384, 2, 8, 3, frozen=6, augment=most),
+        Phase(1.0, 512, 2, 8, 3, frozen=6, augment=most),
+    )
+    recipe = Recipe(phases, minutes=minutes, lr=3e-4, decoder_lr=0.5, ema=0.995, bf16=True)
+    return Preset(recipe, cache=512, processes=2)
+
+
 def int8(minutes: float) -> Preset:
     """Two cores for an hour, from trained weights: as ``hours``, but on 8-bit activations (``quantized.py``)."""
     phases = (
@@ -91,4 +102,5 @@ def int8(minutes: float) -> Preset:
     return Preset(Recipe(phases, minutes=minutes, lr=3e-4, ema=0.995, quantized=30.0), cache=384, processes=2)
 
 
-PRESETS = {"gpu": gpu, "quick": quick, "hours": hours, "cpu": cpu, "taught": taught, "further": further, "int8": int8}
+PRESETS = {"gpu": gpu, "quick": quick, "hours": hours, "cpu": cpu, "taught": taught, "further": further,
+           "clicks": clicks, "int8": int8}
