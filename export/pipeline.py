@@ -107,7 +107,9 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
                 assert floats is not None
                 return module(registry.load("format", format_), floats, graph, slots)
 
-            bundle = _quantize(bundle, reference, exporters, recipes, converted, gate, rgbs, images_to_calibrate,
+            # On few photos a single ranking that flips would decide.
+            judges = rgbs if images else [load_rgb(p) for p in photo_paths()]
+            bundle = _quantize(bundle, reference, exporters, recipes, converted, gate, judges, images_to_calibrate,
                                search_seconds, kept, old, report)
             bundle = _without_unasked(bundle, asked, kept)
         (staging / MANIFEST).write_text(to_json(bundle), encoding="utf-8")

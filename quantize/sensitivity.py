@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pocketsam.quantize.correction import Layer
 
 # Signal to noise of the features in decibels that is good enough, by docs/adr/0006.
-ENOUGH = 20.0
+ENOUGH = 27.0
 # A layer below this, alone, may get scales.
 ALONE = 38.0
 # A bad layer with fewer products for each value that it moves stays in float: two scales would cost it more.
