@@ -114,10 +114,10 @@ def plans(module: nn.Module, layers: Sequence[Layer], batch: Tensor) -> list[Pla
     found: dict[int, Plan] = {}
 
     def look(i: int, layer: Layer, x: Tensor, y: Tensor) -> None:
-        module = layer.module
-        peaks = _peaks(module, y).clamp(min=1e-12)
-        before = _side(module, x, scales_of(module, _peaks(module, x)))
-        behind = _side(module, y, (peaks / peaks.max()).clamp(min=LEAST))
+        part = layer.module
+        peaks = _peaks(part, y).clamp(min=1e-12)
+        before = _side(part, x, scales_of(part, _peaks(part, x)))
+        behind = _side(part, y, (peaks / peaks.max()).clamp(min=LEAST))
         # What is bad on one side hides what a scale on the other side is worth.
         choices = [Plan(), Plan(before)] + ([] if layer.fused else [Plan(None, behind), Plan(before, behind)])
         found[i] = min(choices, key=lambda plan: _noise(layer, plan, x[:1], y[:1]) * GAIN ** plan.sides)
@@ -133,26 +133,30 @@ def _noise(layer: Layer, plan: Plan, x: Tensor, y: Tensor) -> float:
     its weights (to the nearest codes) and what it writes rounded.
     """
     module = layer.module
-    kept, whole = module.weight.data, (torch.ones(()), torch.ones(()))
-    inward = whole[0] if plan.before is None else plan.before.scales.reshape(-1, *_tail(module))
-    outward = whole[1] if plan.behind is None else plan.behind.scales.reshape(-1, *_tail(module))
-    weight = kept if plan.before is None else kept * _along_inputs(module, plan.before.scales)
+    kept, axes = module.weight.data, _others(module, x)
+    before = plan.before or Side(torch.ones_like(_peaks(module, x)), layer.reads)
+    behind = plan.behind or Side(torch.ones_like(_peaks(module, y)), layer.writes)
+    inward, outward = (side.scales.reshape(-1, *_tail(module)) for side in (before, behind))
+    along = _along_inputs(module, before.scales)
+    weight = kept * along
     scales = steps(weight, "full")
-    rounded = nearest(weight, scales) * column(scales, weight.ndim)
-    module.weight.data = rounded if plan.before is None else rounded / _along_inputs(module, plan.before.scales)
-    reads = layer.reads if plan.before is None else plan.before.span
-    out: Tensor = module.forward(round_values(x / inward, *reads) * inward)
+    module.weight.data = nearest(weight, scales) * column(scales, weight.ndim) / along
+    out: Tensor = module.forward(round_values(x / inward, *before.span) * inward)
     module.weight.data = kept
     if not layer.fused:
-        out = round_values(out / outward, *(layer.writes if plan.behind is None else plan.behind.span)) * outward
-    rest = tuple(range(y.ndim - 1)) if isinstance(module, nn.Linear) else (0, 2, 3)
-    share = (out - y).square().mean(rest) / y.var(rest).clamp(min=1e-20)
+        out = round_values(out / outward, *behind.span) * outward
+    share = (out - y).square().mean(axes) / y.var(axes).clamp(min=1e-20)
     return float(share.clamp(max=1).mean())
 
 
 def _peaks(layer: Weighted, x: Tensor) -> Tensor:
     """(C,) largest absolute values of what a layer reads or writes."""
-    return x.abs().amax(tuple(range(x.ndim - 1)) if isinstance(layer, nn.Linear) else (0, 2, 3))
+    return x.abs().amax(_others(layer, x))
+
+
+def _others(layer: Weighted, x: Tensor) -> tuple[int, ...]:
+    """The axes of what a layer reads or writes besides the channels."""
+    return tuple(range(x.ndim - 1)) if isinstance(layer, nn.Linear) else (0, 2, 3)
 
 
 def _side(layer: Weighted, x: Tensor, scales: Tensor) -> Side:
@@ -171,7 +175,7 @@ def scales_of(layer: Weighted, peaks: Tensor) -> Tensor:
     """
     scales = peaks.clamp(min=1e-12)
     if not isinstance(layer, nn.Conv2d) or layer.groups == 1:
-        weights = layer.weight.abs().flatten(2).amax((0, 2)) if layer.weight.ndim > 2 else layer.weight.abs().amax(0)
+        weights = layer.weight.abs().transpose(0, 1).flatten(1).amax(1)
         scales = scales ** SHARE / weights.clamp(min=1e-12) ** (1 - SHARE)
     return (scales / scales.max()).clamp(min=LEAST)
 

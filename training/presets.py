@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pocketsam.training.augment import Augment
 from pocketsam.training.loop import Phase, Recipe
 
+# Most images as the teacher saw them, so that its stored embeddings hold for them.
+MOSTLY_WHOLE = Augment(whole=0.7, flip=0.3)
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -59,12 +62,12 @@ def cpu(minutes: float) -> Preset:
 
 def taught(minutes: float) -> Preset:
     """Two cores for two hours, from ``graft``: a teacher's stored embeddings first, then masks as well."""
-    whole, most = Augment(whole=1, flip=0), Augment(whole=0.7, flip=0.3)
+    whole = Augment(whole=1, flip=0)
     phases = (
         Phase(0.12, 256, 8, 1, 0, frozen=0, augment=whole),
         Phase(0.25, 384, 6, 1, 0, frozen=1, augment=whole),
-        Phase(0.78, 384, 2, 8, 2, frozen=1, augment=most),
-        Phase(1.0, 512, 2, 8, 2, frozen=1, augment=most),
+        Phase(0.78, 384, 2, 8, 2, frozen=1, augment=MOSTLY_WHOLE),
+        Phase(1.0, 512, 2, 8, 2, frozen=1, augment=MOSTLY_WHOLE),
     )
     recipe = Recipe(phases, minutes=minutes, lr=1e-3, trunk_lr=0.5, decoder_lr=0.3, ema=0.998, bf16=True)
     return Preset(recipe, cache=512, processes=2)
@@ -72,11 +75,10 @@ def taught(minutes: float) -> Preset:
 
 def further(minutes: float) -> Preset:
     """Two cores for two hours, from the weights of ``taught``: twice the images a step, one answer until the end."""
-    most = Augment(whole=0.7, flip=0.3)
     phases = (
-        Phase(0.45, 384, 4, 8, 1, frozen=1, augment=most),
-        Phase(0.85, 512, 3, 8, 1, frozen=1, augment=most),
-        Phase(1.0, 512, 2, 8, 2, frozen=1, augment=most),
+        Phase(0.45, 384, 4, 8, 1, frozen=1, augment=MOSTLY_WHOLE),
+        Phase(0.85, 512, 3, 8, 1, frozen=1, augment=MOSTLY_WHOLE),
+        Phase(1.0, 512, 2, 8, 2, frozen=1, augment=MOSTLY_WHOLE),
     )
     recipe = Recipe(phases, minutes=minutes, lr=8e-4, trunk_lr=0.5, decoder_lr=0.4, ema=0.998, bf16=True)
     return Preset(recipe, cache=512, processes=2)
@@ -84,10 +86,9 @@ def further(minutes: float) -> Preset:
 
 def clicks(minutes: float) -> Preset:
     """Two cores for a quarter of an hour, from the weights of ``further``: corrections, behind a frozen trunk."""
-    most = Augment(whole=0.7, flip=0.3)
     phases = (
-        Phase(0.4, 384, 2, 8, 3, frozen=6, augment=most),
-        Phase(1.0, 512, 2, 8, 3, frozen=6, augment=most),
+        Phase(0.4, 384, 2, 8, 3, frozen=6, augment=MOSTLY_WHOLE),
+        Phase(1.0, 512, 2, 8, 3, frozen=6, augment=MOSTLY_WHOLE),
     )
     recipe = Recipe(phases, minutes=minutes, lr=3e-4, decoder_lr=0.5, ema=0.995, bf16=True)
     return Preset(recipe, cache=512, processes=2)
