@@ -54,22 +54,28 @@ MATRIX = [
 ]
 # fp32 may differ in pixels whose logit is within rounding of zero; fp16 is held to the project's gate.
 WORST_PIXELS = 10
-# Of predicted IoU, and (mean, worst) of masks, by precision. For int8 looser than the gate, which export holds it to:
-# here all three masks of a click count, also those that nobody would choose.
+# Of predicted IoU, and (mean, 5th percentile, worst) of masks, by precision. Looser than the gate, which export holds
+# artifacts to: here all three masks of a click count, also those that nobody would choose.
 SCORES = {"fp16": 0.05, "int8": 0.1}
-LIMITS = {"fp16": (0.995, 0.98), "int8": (0.95, 0.8)}
+LIMITS = {"fp16": (0.995, 0.97, 0.9), "int8": (0.95, 0.87, 0.7)}
 
 
 @dataclass(frozen=True)
-class Case:
-    """A model's bundle with all formats, its image, its prompts, and the expected masks and scores."""
+class Answers:
+    """A photo, its prompts, and the expected masks and scores."""
 
-    model: str
-    bundle: Path
     rgb: np.ndarray[Any, Any]
     prompts: dict[str, dict[str, Any]]
     masks: dict[tuple[str, bool], np.ndarray[Any, Any]]
     scores: dict[tuple[str, bool], np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model's bundle with all formats, and what is expected of it on each photo."""
+
+    bundle: Path
+    answers: tuple[Answers, ...]
 
 
 def scaled(prompt: dict[str, Any], width: int, height: int, mask: Any) -> dict[str, Any]:
@@ -81,7 +87,7 @@ def scaled(prompt: dict[str, Any], width: int, height: int, mask: Any) -> dict[s
     return out
 
 
-def from_goldens(model: str, bundle: Path) -> Case:
+def from_goldens(model: str) -> Answers:
     """Expectations of the official code."""
     golden = Golden.of(model)
     prompts, masks, scores = {}, {}, {}
@@ -91,10 +97,10 @@ def from_goldens(model: str, bundle: Path) -> Case:
         for multi, mode in ((False, "single"), (True, "multi")):
             masks[name, multi] = golden.masks(letter, mode)
             scores[name, multi] = golden.arrays[f"{letter}/{mode}/iou"]
-    return Case(model, bundle, image(), prompts, masks, scores)
+    return Answers(image(), prompts, masks, scores)
 
 
-def from_pytorch(model: str, bundle: Path, reference: Predictor, rgb: np.ndarray[Any, Any]) -> Case:
+def from_pytorch(reference: Predictor, rgb: np.ndarray[Any, Any]) -> Answers:
     """Expectations of our PyTorch reference on the same uint8 pixels, for models without official outputs."""
     reference = Predictor(reference.runtime, exact=False)
     reference.set_image(rgb)
@@ -102,8 +108,7 @@ def from_pytorch(model: str, bundle: Path, reference: Predictor, rgb: np.ndarray
     prompts = {n: scaled(p, rgb.shape[1], rgb.shape[0], mask) for n, p in PROMPTS.items()
                if reference.spec.mask_prompt or not p.get("mask")}
     results = {(n, m): reference.predict(**p, multimask=m) for n, p in prompts.items() for m in (False, True)}
-    return Case(model, bundle, rgb, prompts, {k: r.masks for k, r in results.items()},
-                {k: r.scores for k, r in results.items()})
+    return Answers(rgb, prompts, {k: r.masks for k, r in results.items()}, {k: r.scores for k, r in results.items()})
 
 
 @pytest.fixture(scope="module")
@@ -134,18 +139,20 @@ def cases(toy_checkpoint: Path, family_checkpoint: Callable[[str], Path], golden
         source = golden_checkpoint if model in FILES else family_checkpoint
         checkpoint = checkpoints[model]() if model in checkpoints else source(model)
         official = model in ("sam_vit_b", "mobile_sam")
-        rgb = image() if model in FILES else load_rgb(photo_paths()[1])
+        images = [image()] if model in FILES else [load_rgb(photo_paths()[1])]
+        if model == "lite0":  # fp16 and int8 are judged in masks: one photo would be a lottery
+            images = [load_rgb(p) for p in photo_paths()]
         out = folder / f"{model}.bundle"
         if model == "toy_sam":
             out = request.getfixturevalue("toy_everywhere")
         else:
             # tests/test_clicks.py holds the click graphs to the decoder.
             pocketsam.export(model, checkpoint=checkpoint, formats=FORMATS[model], precisions=MODELS[model], out=out,
-                             images=[rgb], clicks=False)
+                             images=images[:1], clicks=False)
         if official:
-            return from_goldens(model, out)
+            return Case(out, (from_goldens(model),))
         reference = pocketsam.load(model, checkpoint=checkpoint, runtime="pytorch", threads=2)
-        return from_pytorch(model, out, reference, rgb)
+        return Case(out, tuple(from_pytorch(reference, rgb) for rgb in images))
 
     return make
 
@@ -155,22 +162,30 @@ def test_backend(cases: Callable[[str], Case], model: str, runtime: str, precisi
     case = cases(model)
     sam = pocketsam.load(case.bundle, runtime=runtime, precision=precision, threads=2)
     assert sam.info()["runtime"] == runtime
-    sam.set_image(case.rgb)
-    ious = []
-    for (name, multi), expected in case.masks.items():
-        result = sam.predict(**case.prompts[name], multimask=multi)
-        assert result.masks.shape == expected.shape
-        if precision == "fp32":
-            wrong = (result.masks != expected).sum(axis=(1, 2))
-            assert wrong.max() <= WORST_PIXELS, (name, multi, wrong)
-            assert np.abs(result.scores - case.scores[name, multi]).max() <= 5e-5
-        else:
-            assert np.abs(result.scores - case.scores[name, multi]).max() <= SCORES[precision]
-            ious += [mask_iou(a, b) for a, b in zip(result.masks, expected, strict=True)]
-    if ious:
-        mean, worst = LIMITS[precision]
+    ious = [iou for answers in case.answers for iou in agreement(sam, answers, precision)]
+    if precision != "fp32":
+        mean, p5, worst = LIMITS[precision]
         assert np.mean(ious) >= mean, ious
+        assert np.quantile(ious, 0.05) >= p5, ious
         assert min(ious) >= worst, ious
+
+
+def agreement(sam: Predictor, expected: Answers, precision: str) -> list[float]:
+    """Mask IoU of every prompt and mask; of fp32 every mask and score is held to the expected one here."""
+    sam.set_image(expected.rgb)
+    ious = []
+    for (name, multi), masks in expected.masks.items():
+        result = sam.predict(**expected.prompts[name], multimask=multi)
+        assert result.masks.shape == masks.shape
+        off = np.abs(result.scores - expected.scores[name, multi]).max()
+        if precision == "fp32":
+            wrong = (result.masks != masks).sum(axis=(1, 2))
+            assert wrong.max() <= WORST_PIXELS, (name, multi, wrong)
+            assert off <= 5e-5
+        else:
+            assert off <= SCORES[precision]
+        ious += [mask_iou(a, b) for a, b in zip(result.masks, masks, strict=True)]
+    return ious
 
 
 def test_every_backend_is_in_the_matrix() -> None:
@@ -184,12 +199,13 @@ def test_every_backend_is_in_the_matrix() -> None:
 def test_boxes_in_batches(cases: Callable[[str], Case], runtime: str) -> None:
     """Seventeen boxes: one full batch of sixteen and a rest, the same masks as one by one."""
     case = cases("toy_sam")
+    rgb = case.answers[0].rgb
     rng = np.random.default_rng(3)
-    height, width = case.rgb.shape[:2]
+    height, width = rgb.shape[:2]
     corner = rng.uniform(0, 0.4, (17, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(0.2, 0.5, (17, 2))], 1) * np.tile([width, height], 2)
     sam = pocketsam.load(case.bundle, runtime=runtime, threads=2)
-    sam.set_image(case.rgb)
+    sam.set_image(rgb)
     batch = sam.predict_boxes(boxes)
     for i in (0, 15, 16):
         alone = sam.predict(box=boxes[i], multimask=False)
@@ -200,8 +216,9 @@ def test_boxes_in_batches(cases: Callable[[str], Case], runtime: str) -> None:
 def test_threads_do_not_disturb_each_other(cases: Callable[[str], Case], runtime: str) -> None:
     """Two predictors in two threads, and one runtime shared by both: the answers stay those of a single thread."""
     case = cases("toy_sam")
-    images = [case.rgb, np.ascontiguousarray(case.rgb[::-1])]
-    point = [(case.rgb.shape[1] * 0.38, case.rgb.shape[0] * 0.4)]
+    rgb = case.answers[0].rgb
+    images = [rgb, np.ascontiguousarray(rgb[::-1])]
+    point = [(rgb.shape[1] * 0.38, rgb.shape[0] * 0.4)]
     shared = pocketsam.load(case.bundle, runtime=runtime, threads=1)
     alone = []
     for rgb in images:
