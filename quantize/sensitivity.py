@@ -2,13 +2,13 @@
 
 A few channels can be a hundred times larger than the others, as before the depthwise convolutions of MobileSAM's first
 stages, behind GELU; one step for the whole tensor then leaves nothing of the small ones. Such layers are found by
-rounding the activations of one layer at a time, and mended from the worst on until the features are good enough: with a
-scale for each channel (:mod:`pocketsam.quantize.channels`), or by leaving them in float where they hold little work.
+rounding the activations of one layer at a time, and mended until the features are good enough, those first that gain
+most for their size and work: with a scale for each channel (:mod:`pocketsam.quantize.channels`), or by leaving them in
+float.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ENOUGH = 27.0
 # A layer below this, alone, may get scales.
 ALONE = 38.0
-# A bad layer with fewer products for each value that it moves stays in float: two scales would cost it more.
+# A layer with fewer products for each value that it moves gets none: two scales would cost it more than float.
 LIGHT = 64
 # Share of the layers that may be left in float; beyond, int8 is not worth its name.
 MOST = 0.5
@@ -57,37 +57,44 @@ def mend(module: nn.Module, layers: Sequence[Layer], batch: Tensor, images: int)
         images: of the batch that judge.
 
     Returns:
-        The layers that must stay in float, the worst first; often none. At most half, even if that is not enough.
+        The layers that must stay in float, often none; at most half of them, even if that is not enough.
     """
     judge = _Judge(module, batch[:images])
     if judge.activations(layers) >= ENOUGH:
         return []
     alone = [judge.activations([layer]) for layer in layers]
-    order = sorted(range(len(layers)), key=lambda i: alone[i])
-    bad = [i for i in order if alone[i] < ALONE]
-    heavy = [i for i in bad if can_scale(layers[i].module) and _work(layers[i]) >= LIGHT]
-    chosen = dict(zip(heavy, plans(module, [layers[i] for i in heavy], batch), strict=True))
-    floats: list[int] = []
-
-    def good() -> bool:
-        # Noises add up; the sum only says when it is time to look.
-        rest = [i for i in range(len(layers)) if i not in floats]
-        likely = _together([alone[i] for i in rest]) >= ENOUGH - 1
-        return likely and judge.activations([layers[i] for i in rest]) >= ENOUGH
-
-    for i in bad:
-        if i not in chosen:
-            floats.append(i)
-        elif chosen[i].sides:
-            put(module, layers[i], chosen[i])
+    heavy = [i for i, layer in enumerate(layers)
+             if alone[i] < ALONE and can_scale(layer.module) and _work(layer) >= LIGHT]
+    found = plans(module, [layers[i] for i in heavy], batch)
+    scales = {i: plan for i, plan in zip(heavy, found, strict=True) if plan.sides}
+    costs = _costs(layers)
+    rest = list(range(len(layers)))
+    floats: list[Layer] = []
+    while len(floats) < MOST * len(layers):
+        i = max(rest, key=lambda i: _noise(alone[i]) / costs[i])
+        if i in scales:
+            put(module, layers[i], scales.pop(i))
             alone[i] = judge.activations([layers[i]])
-        if good():
-            return [layers[i] for i in floats]
-    for i in sorted(chosen, key=lambda i: alone[i]):
-        floats.append(i)
-        if good():
+        else:
+            rest.remove(i)
+            floats.append(layers[i])
+        # Noises add up; the sum only says when it is time to look.
+        likely = sum(_noise(alone[i]) for i in rest) <= _noise(ENOUGH - 1)
+        if likely and judge.activations([layers[i] for i in rest]) >= ENOUGH:
             break
-    return [layers[i] for i in floats[:int(MOST * len(layers))]]
+    return floats
+
+
+def _costs(layers: Sequence[Layer]) -> list[float]:
+    """What each layer costs in float: its share of all weights, and of all products."""
+    weights = [layer.module.weight.numel() for layer in layers]
+    products = [layer.written * channels_first(layer.module)[0].numel() for layer in layers]
+    return [w / sum(weights) + p / sum(products) for w, p in zip(weights, products, strict=True)]
+
+
+def _noise(decibels: float) -> float:
+    """Of a signal of 1."""
+    return 10 ** (-decibels / 10)
 
 
 def _work(layer: Layer) -> float:
@@ -95,10 +102,6 @@ def _work(layer: Layer) -> float:
     weights = channels_first(layer.module)
     inputs = weights.shape[1] * getattr(layer.module, "groups", 1)
     return weights.numel() / (weights.shape[0] + inputs)
-
-
-def _together(decibels: Sequence[float]) -> float:
-    return -10 * math.log10(sum(10 ** (-d / 10) for d in decibels) + 1e-30)
 
 
 def _decibels(truth: Tensor, other: Tensor) -> float:

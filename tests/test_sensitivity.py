@@ -18,7 +18,7 @@ from pocketsam.models.catalog import spec
 from pocketsam.quantize.channels import ChannelScale, Form, Plan, Side, can_scale, put, write_scales
 from pocketsam.quantize.correction import Layer, Prepared, prepare
 from pocketsam.quantize.recipes import Job, check
-from pocketsam.quantize.sensitivity import _decibels
+from pocketsam.quantize.sensitivity import _costs, _decibels
 from pocketsam.specs import GraphSpec
 
 
@@ -73,7 +73,8 @@ def test_scales_mend_what_a_few_large_channels_spoil(images: list[Any]) -> None:
 def test_layers_of_little_work_stay_in_float_instead(images: list[Any]) -> None:
     found = prepared_for(300.0, images, light=64)
     module: Any = found.module
-    assert [layer.module for layer in found.sensitive] == [module.expand, module.depthwise]
+    # The cheaper one first: nine products for each output against sixteen, and as much noise.
+    assert [layer.module for layer in found.sensitive] == [module.depthwise, module.expand]
     assert found.sensitive[0].scales is None
     assert torch.equal(module.depthwise.weight, Spiked(300.0).depthwise.weight), "its weights are not rounded"
     assert module.project.weight.ne(Spiked(300.0).project.weight).any()
@@ -81,6 +82,12 @@ def test_layers_of_little_work_stay_in_float_instead(images: list[Any]) -> None:
     layouts = {"a": module.stem.weight.numpy(), "b": module.expand.weight.numpy(),
                "c": module.depthwise.weight.numpy().transpose(1, 2, 3, 0), "d": module.project.weight.numpy()}
     assert found.in_float(layouts) == ["a", "b", "c"]
+
+
+def test_float_costs_weights_and_products() -> None:
+    wide, early = Layer(nn.Linear(64, 64), written=1 * 64 * 4), Layer(nn.Conv2d(8, 8, 1), written=64 * 8 * 4)
+    # 4096 and 64 weights, 4096 products each.
+    assert _costs([wide, early]) == pytest.approx([4096 / 4160 + 0.5, 64 / 4160 + 0.5])
 
 
 def test_a_plain_model_is_left_alone(images: list[Any]) -> None:
