@@ -1,7 +1,9 @@
-"""Measure the int8 artifacts of bundles and write docs/int8.md with pictures.
+"""Measure the int8 artifacts of bundles and write their sections of docs/int8.md, with pictures.
 
-    python tools/int8_docs.py BUNDLE ... --data PACK [--images 60] [--checkpoints FOLDER] [--untrained BUNDLE ...]
+    python tools/int8_docs.py [BUNDLE ...] --data PACK [--images 60] [--checkpoints FOLDER] [--untrained BUNDLE ...]
         [--out docs/int8.md]
+
+Sections of models that are not named stay as they are; each says what it was made by.
 
 Each BUNDLE has fp32 and int8 in every format (``pocketsam export lite0 --to onnx,openvino,litert,coreml --precision
 fp32,fp16,int8 --calibration PACK``) and, unless it is lite0, its checkpoint in FOLDER/MODEL.pt; PACK is a labelled pack
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,27 +31,42 @@ from pocketsam.quantize.report import Case, Row, measure, three
 from pocketsam.registry import FORMATS
 
 PACKAGES = ("torch", "onnxruntime", "openvino", "nncf", "ai-edge-litert", "ai-edge-quantizer", "coremltools")
+HEAD = ("# int8", "", "Sections are made by their commands; do not edit.", "",
+        "Agreement is the mask IoU with PyTorch in fp32, half boxes, half points, eight an image, on the objects that "
+        "PyTorch's own masks show (`pocketsam.parity`). Retention is mIoU against annotated regions (at most eight an "
+        "image, box and innermost point) divided by that of PyTorch. Time ratios are to fp32 of the same format, taken "
+        "at export in interleaved calls; above 1 is faster. How it is done, and what was tried: "
+        "[adr/0006](adr/0006-int8.md).", "")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundles", type=Path, nargs="+")
+    parser.add_argument("bundles", type=Path, nargs="*")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--checkpoints", type=Path, default=Path())
     parser.add_argument("--untrained", type=Path, nargs="*", default=[])
     parser.add_argument("--out", type=Path, default=Path("docs/int8.md"))
     args = parser.parse_args(argv)
-    lines = head(args)
+    made = sections(args.out.read_text(encoding="utf-8") if args.out.exists() else "")
     for path in args.bundles:
-        lines += trained(read_bundle(path), args)
+        bundle = read_bundle(path)
+        made[bundle.spec.name] = trained(bundle, path, args)
     for path in args.untrained:
-        lines += untrained(read_bundle(path))
-    args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        bundle = read_bundle(path)
+        made[bundle.spec.name] = untrained(bundle, path, args)
+    lines = [*HEAD, *(line for section in made.values() for line in section)]
+    args.out.write_text("\n".join(lines), encoding="utf-8")
     print(f"wrote {args.out}", file=sys.stderr)
 
 
-def trained(bundle: Bundle, args: argparse.Namespace) -> list[str]:
+def sections(page: str) -> dict[str, list[str]]:
+    """Model -> the lines of its section."""
+    parts = re.split(r"^(?=## )", page, flags=re.MULTILINE)[1:]
+    return {part.splitlines()[0].removeprefix("## "): part.splitlines() for part in parts}
+
+
+def trained(bundle: Bundle, path: Path, args: argparse.Namespace) -> list[str]:
     """The section of a model whose masks mean something."""
     def report(text: str) -> None:
         print(text, file=sys.stderr)
@@ -58,33 +76,24 @@ def trained(bundle: Bundle, args: argparse.Namespace) -> list[str]:
     reference = pocketsam.load(name, checkpoint=checkpoint, runtime="pytorch")
     rows, _ = measure(bundle, reference, ["int8"], args.data, args.images, report)
     _, cases = measure(bundle, reference, ["int8"], None, 0, report)
-    return [*accuracy(bundle, rows), *worst(name, cases, args.out)]
+    command = f"{path.name} --data {args.data.name} --images {args.images}"
+    command += " --checkpoints FOLDER" if checkpoint else ""
+    return [*start(name, command), *accuracy(bundle, rows), *worst(name, cases, args.out)]
 
 
-def head(args: argparse.Namespace) -> list[str]:
-    """What was measured, on what, and by which command."""
+def start(name: str, command: str) -> list[str]:
+    """Heading of a section, and by what it was made, on what."""
     facts = machine()
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
-    bundles = " ".join(p.name for p in args.bundles)
-    command = f"$ python tools/int8_docs.py {bundles} --data {args.data.name} --images {args.images}"
-    command += " --checkpoints FOLDER" if args.checkpoints != Path() else ""
-    command += f" --untrained {' '.join(p.name for p in args.untrained)}" if args.untrained else ""
-    return ["# int8", "", "Made by the command below; do not edit. "
-            f"{facts['cpu']}, {facts['cores']} cores, {' '.join(facts['features'])}, 2 threads, "
-            f"Python {sys.version.split()[0]}; {versions}.", "", "```console", command, "```", "",
-            "Agreement is the mask IoU with PyTorch in fp32, half boxes, half points, eight an image, on the objects "
-            "that PyTorch's own masks show (`pocketsam.parity`). Retention is mIoU against annotated regions (at most "
-            "eight an image, box and innermost point) divided by that of PyTorch. Time ratios are to fp32 of the same "
-            "format, taken at export in interleaved calls; above 1 is faster. How it is done, and what was tried: "
-            "[adr/0006](adr/0006-int8.md).", ""]
+    return [f"## {name}", "", f"`python tools/int8_docs.py {command}`, {facts['cpu']}, {facts['cores']} cores, "
+            f"{' '.join(facts['features'])}, 2 threads, Python {sys.version.split()[0]}; {versions}.", ""]
 
 
 def accuracy(bundle: Bundle, rows: Sequence[Row]) -> list[str]:
     """The table that counts: trained weights."""
     first = next(a for a in bundle.artifacts if a.precision == "int8")
     calibration = first.quantization["calibration"]
-    out = [f"## {bundle.spec.name}", "",
-           f"Calibrated on {calibration['images']} images of {calibration['source']}. "
+    out = [f"Calibrated on {calibration['images']} images of {calibration['source']}. "
            f"{rows[0].measured['images']} images judge.", "",
            "| format | encoder MB | x smaller | mean | box mean / p5 / worst | point mean / p5 / worst | flips | "
            "retention box / point | encoder x fp32 | slower | decoder | layers in float |",
@@ -118,9 +127,9 @@ def worst(model: str, cases: Sequence[Case], out: Path) -> list[str]:
     return [*lines, ""]
 
 
-def untrained(bundle: Bundle) -> list[str]:
+def untrained(bundle: Bundle, path: Path, args: argparse.Namespace) -> list[str]:
     """Sizes, times and layers of a model whose weights mean nothing."""
-    out = [f"## {bundle.spec.name}", "",
+    out = [*start(bundle.spec.name, f"--data {args.data.name} --untrained {path.name}"),
            "Deterministic, untrained weights: sizes, times and what is quantized, and no accuracy.", "",
            "| format | encoder MB fp32 | encoder MB int8 | x smaller | numbers in 8 bits | encoder x fp32 | slower "
            "| decoder |",
