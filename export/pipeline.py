@@ -62,7 +62,8 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
     Raises:
         CheckpointError, UnknownName, UsageError: bad input.
         UnsupportedModel: the weights are too large for a format.
-        ParityError: an artifact misses its gate; nothing is written.
+        ParityError: an artifact misses its gate. Nothing is written if it is a float one; else everything but the int8
+            pairs that miss theirs.
         OutputError: the folder cannot be written.
     """
     exporters = _check(formats, precisions, slots, gate, jobs)
@@ -85,6 +86,7 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
     spec = loaded.spec
     _check_sizes(loaded, exporters)
     rewrites.prepare(loaded)
+    misses: list[str] = []
     same = old is not None and (old.weights_sha256, old.slots, old.spec) == (sha256, slots, spec)
     kept = list(old.artifacts) if old is not None and same else []
     tools = {"pocketsam": pocketsam.__version__, "python": platform.python_version()}
@@ -109,11 +111,15 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
 
             # On few photos a single ranking that flips would decide.
             judges = rgbs if images else [load_rgb(p) for p in photo_paths()]
-            bundle = _quantize(bundle, reference, exporters, recipes, converted, gate, judges, images_to_calibrate,
-                               search_seconds, kept, old, report)
+            bundle, misses = _quantize(bundle, reference, exporters, recipes, converted, gate, judges,
+                                       images_to_calibrate, search_seconds, kept, old, report)
             bundle = _without_unasked(bundle, asked, kept)
+            if not bundle.artifacts:
+                raise ParityError(f"{' '.join(misses)} Nothing was written.")
         (staging / MANIFEST).write_text(to_json(bundle), encoding="utf-8")
     report(f"wrote {out}")
+    if misses:
+        raise ParityError(f"{' '.join(misses)} {out} holds the rest.")
     return replace(bundle, root=out)
 
 
@@ -222,19 +228,21 @@ def _carry_over(kept: list[Artifact], rows: list[Artifact], old: Bundle | None, 
 
 def _quantize(bundle: Bundle, reference: Any, exporters: Sequence[Any], recipes: Sequence[str], module: Any,
               gate: float | None, images: list[Rgb], calibration: Any, seconds: float, kept: list[Artifact],
-              old: Bundle | None, report: Report) -> Bundle:
-    """The int8 stage; ``pocketsam.quantize`` builds on this package, so it is looked up by name."""
+              old: Bundle | None, report: Report) -> tuple[Bundle, list[str]]:
+    """The int8 stage and what missed its gate there; ``pocketsam.quantize`` builds on this package, so it is looked up
+    by name.
+    """
     def copy(row: Artifact) -> bool:
         return old is not None and ((bundle.root / row.path).exists() or _copy(old, row, bundle.root / row.path))
 
     stage = registry.entry("pocketsam.quantize.build:Stage")(
         module, reference, images, calibration, gate, seconds, kept, copy, report)
-    done: Bundle = registry.entry("pocketsam.quantize.build:quantize")(
+    done, misses = registry.entry("pocketsam.quantize.build:quantize")(
         bundle, [(e.name, e.runtime) for e in exporters], recipes, stage)
     tools = dict(bundle.tools)
     for exporter in exporters:
         tools |= registry.load("quantizer", exporter.name).tools()
-    return replace(done, tools=tools)
+    return replace(done, tools=tools), misses
 
 
 def _without_unasked(bundle: Bundle, asked: Sequence[str], kept: list[Artifact]) -> Bundle:

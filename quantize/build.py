@@ -66,25 +66,35 @@ class Stage:
     report: Callable[[str], None]
 
 
-def quantize(bundle: Bundle, formats: Sequence[tuple[str, str]], recipes: Sequence[str], stage: Stage) -> Bundle:
+def quantize(bundle: Bundle, formats: Sequence[tuple[str, str]], recipes: Sequence[str],
+             stage: Stage) -> tuple[Bundle, list[str]]:
     """Add int8 artifacts to a bundle that holds the fp32 ones of the same formats.
 
     Args:
         formats: (format, runtime) pairs.
 
+    Returns:
+        The bundle, and a sentence for each pair that misses its gate, with the best that was found; of such a pair the
+        bundle has what an earlier export left, if anything.
+
     Raises:
         UnsupportedModel: none of the formats has a recipe.
-        ParityError: a pair misses its gate, with the best that was found.
     """
+    misses = []
     reference = Remembered(stage.reference)
     prepared = Preparation(stage, bundle)
     for warning in stage.calibration.warnings:
         stage.report(f"warning: {warning}")
     for recipe in recipes:
         for format_, runtime in available(formats, recipe, stage.report):
-            rows = _Pair(bundle, format_, runtime, recipe, stage, reference, prepared).make()
+            try:
+                rows = _Pair(bundle, format_, runtime, recipe, stage, reference, prepared).make()
+            except ParityError as e:
+                stage.report(str(e))
+                misses.append(str(e))
+                rows = [a for a in stage.kept if (a.format, a.precision) == (format_, recipe) and stage.copy(a)]
             bundle = replace(bundle, artifacts=(*bundle.artifacts, *rows))
-    return bundle
+    return bundle, misses
 
 
 def available(formats: Sequence[tuple[str, str]], recipe: str, report: Callable[[str], None]) -> list[tuple[str, str]]:
@@ -191,10 +201,11 @@ class _Pair:
                         lambda: self._ratio("encoder", self._row("encoder", path, key), decoder))
         found = search.run()
         if not found.measured["all"]["mean"] >= self.gate:
+            remove(path)
             raise ParityError(
                 f"{self.format} {self.recipe} agrees with PyTorch by a mean mask IoU of at most "
                 f"{found.measured['all']['mean']:.4f} (worst {found.measured['all']['worst']:.4f}), with "
-                f"{len(found.keep)} layers in float, below the gate of {self.gate}; nothing was written.")
+                f"{len(floats) + len(found.keep)} layers in float, below the gate of {self.gate}.")
         found = replace(found, keep=(*floats, *found.keep))
         return self._row("encoder", path, key), found
 

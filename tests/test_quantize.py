@@ -248,7 +248,8 @@ def test_auto_never_takes_int8_that_is_slower_than_fp32_of_its_runtime() -> None
     assert not slower(None)
 
 
-def test_quantize_command(cli: Run, toy_bundle: Path, toy_checkpoint: Path, tmp_path: Path) -> None:
+def test_quantize_command(cli: Run, toy_bundle: Path, toy_checkpoint: Path, tmp_path: Path,
+                          monkeypatch: pytest.MonkeyPatch) -> None:
     out = Path(shutil.copytree(toy_bundle, tmp_path / "toy.bundle"))
     page = tmp_path / "int8.html"
     common = ("--checkpoint", toy_checkpoint, "--gate", "0", "--html", page)
@@ -262,12 +263,38 @@ def test_quantize_command(cli: Run, toy_bundle: Path, toy_checkpoint: Path, tmp_
     assert text.count("<img") == 15
     assert "size ratio" in text
     assert "encoder time ratio" in cli("quantize", out, *common).out
-    assert read_bundle(out).find("onnx", "int8", "encoder").quantization["calibration"]["distinct"] == 7
+    made = read_bundle(out).find("onnx", "int8", "encoder")
+    assert made.quantization["calibration"]["distinct"] == 7
+    # One that misses its gate does not take the place of one that did not.
+    monkeypatch.setattr("pocketsam.quantize.build._Pair._encoder", below)
+    outcome = cli("quantize", out, *common, "--calibration-images", "2")
+    assert outcome.code != 0
+    assert "Too rough." in outcome.err
+    assert read_bundle(out).find("onnx", "int8", "encoder") == made
+    assert pocketsam.load(out, runtime="onnxruntime", precision="int8").info()["precision"] == "int8"
 
 
-def test_quantize_needs_images_that_fit(toy_bundle: Path, toy_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ParityError, match="below the gate of 1"):
-        pocketsam.export("toy_sam", checkpoint=toy_checkpoint, precisions=["int8"], out=tmp_path / "b", gate=1.0)
+def test_int8_below_its_gate_leaves_the_rest(toy_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    with pytest.raises(ParityError, match=r"onnx int8 .* below the gate of 1\.0\. .* holds the rest\."):
+        pocketsam.export("toy_sam", checkpoint=toy_checkpoint, precisions=["fp32", "int8"], out=out, gate=1.0,
+                         images=photo_paths()[:1], calibration_images=2, clicks=False)
+    bundle = read_bundle(out)
+    assert {a.precision for a in bundle.artifacts} == {"fp32"}
+    assert {p.name for p in (out / "onnx").iterdir()} == {Path(a.path).name for a in bundle.artifacts}
+    assert pocketsam.load(out, runtime="onnxruntime").info()["precision"] == "fp32"
+
+
+def test_int8_alone_below_its_gate_writes_nothing(toy_checkpoint: Path, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pocketsam.quantize.build._Pair._encoder", below)
+    with pytest.raises(ParityError, match=r"Too rough\. Nothing was written\."):
+        pocketsam.export("toy_sam", checkpoint=toy_checkpoint, precisions=["int8"], out=tmp_path / "b", clicks=False)
+    assert not list(tmp_path.glob("b*"))
+
+
+def below(*_: Any) -> None:
+    raise ParityError("Too rough.")
 
 
 @pytest.mark.parametrize(("format_", "recipe"), marked([c for c in CASES if c[1] != "int8-dynamic"]))
