@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ def tool() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
     spec.loader.exec_module(module)
     return module
 
@@ -58,8 +60,8 @@ def test_unmeasured_model_has_dashes(tool: ModuleType) -> None:
 
 def test_conditions_are_told_apart(tool: ModuleType) -> None:
     one, two = measured("edge_sam"), measured("edgetam")
-    assert tool.conditions({"edge_sam": one, "edgetam": two}).count("Some CPU") == 1
-    text = tool.conditions({"edge_sam": one, "edgetam": measured("edgetam", threads=4)})
+    assert tool.conditions({"edge_sam": one, "edgetam": two}, tool.Earlier()).count("Some CPU") == 1
+    text = tool.conditions({"edge_sam": one, "edgetam": measured("edgetam", threads=4)}, tool.Earlier())
     assert "for edge_sam with 2 threads" in text
     assert "for edgetam with 4 threads" in text
     assert "litert 1.2.3" in text
@@ -72,9 +74,26 @@ def test_folders_are_read_whole_and_refusals_shown(tool: ModuleType, tmp_path: P
     (tmp_path / "edge_sam" / "refused.json").write_text(json.dumps({"openvino int8": "operator Fold is unknown."}))
     found = tool.measurements(tmp_path)
     assert list(found) == ["edge_sam"]
-    assert "- edge_sam, openvino int8: operator Fold is unknown." in tool.refusals(found)
+    assert "- edge_sam, openvino int8: operator Fold is unknown." in tool.refusals(found, tool.Earlier())
     (tmp_path / "edge_sam" / "bench.json").write_text(json.dumps(measured("edgetam")))
     with pytest.raises(SystemExit, match="holds measurements of edgetam"):
         tool.measurements(tmp_path)
     with pytest.raises(SystemExit, match="no such model: unheard_of"):
         tool.document(["edge_sam"], {"unheard_of": measured("unheard_of")})
+
+
+def test_what_is_not_measured_again_stays(tool: ModuleType) -> None:
+    names = ["edge_sam", "edgetam", "sam2.1_tiny"]
+    refusing = {**measured("edgetam", threads=4), "refused": {"litert int8": "operator Fold is unknown."}}
+    before = tool.document(names, {"edge_sam": measured("edge_sam"), "edgetam": refusing})
+    assert tool.document(names, {}, before) == before
+    page = tool.document(names, {"edge_sam": measured("edge_sam", threads=8)}, before)
+    assert [r for r in page.splitlines() if r.startswith("| edgetam")] == [
+        r for r in before.splitlines() if r.startswith("| edgetam")]
+    assert "for edgetam with 4 threads" in page
+    assert "for edge_sam with 8 threads" in page
+    assert "with 2 threads" not in page
+    assert page.count("- edgetam, litert int8: operator Fold is unknown.") == 1
+    again = tool.document(names, {"edgetam": measured("edgetam")}, page)
+    assert "Fold" not in again
+    assert "for edgetam with 2 threads" in again

@@ -1,4 +1,5 @@
-"""Measure every model on this machine and write docs/benchmarks.md. One command, resumable:
+"""Measure every model on this machine and write its section of docs/benchmarks.md; sections of models that are not in
+the folder stay. One command, resumable:
 
     python tools/bench_docs.py WORK_FOLDER [MODEL ...] [--checkpoints FOLDER] [--calibration PACK] [--data PACK]
         [--rounds 10] [--write]
@@ -17,6 +18,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import rivals
+from pages import sections
 
 import pocketsam
 from pocketsam.benchmarks.latency import Plan
@@ -85,9 +88,12 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")])
     for model in () if args.write else args.models:
         measure(model, args)
-    results = {p.parent.name: read(p) for p in sorted(args.work.glob(f"*/{RESULT}"))}
-    ordered = [results[m] for m in (*MODELS, *[m for m in REGISTERED if m not in MODELS]) if m in results]
-    (ROOT / "docs" / "benchmarks.md").write_text(document(ordered), encoding="utf-8")
+    page = ROOT / "docs" / "benchmarks.md"
+    made = sections(page.read_text(encoding="utf-8")) if page.exists() else {}
+    made |= {p.parent.name: section(read(p)) for p in sorted(args.work.glob(f"*/{RESULT}"))}
+    ordered = [made[m] for m in (*MODELS, *[m for m in REGISTERED if m not in MODELS]) if m in made]
+    text = "\n".join([INTRO, *(line for lines in ordered for line in [*lines, ""])])
+    page.write_text(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n", encoding="utf-8")
 
 
 def measure(model: str, args: argparse.Namespace) -> None:
@@ -203,20 +209,18 @@ def add_rival_facts(result: dict[str, Any], model: str, checkpoint: Path | None,
             row["status"] = str(e)
 
 
-def document(results: list[dict[str, Any]]) -> str:
-    """The whole document; nothing in it is typed by hand."""
-    out = [INTRO]
-    for result in results:
-        mark_slower(result["rows"])
-        out += [f"## {result['model']['name']}", "", facts(result), ""]
-        out += [] if result["model"].get("trained") else [UNTRAINED, ""]
-        if calm := result.get("calm", {}).get("disturbed"):
-            out += [f"The machine was disturbed in {calm} of {result['calm']['rounds']} rounds.", ""]
-        out += [*table([list(HEADS), *(cells(r) for r in result["rows"])]), ""]
-        if (accuracy := accuracy_rows(result)) and any(r.get("quality") for r in result["rows"]):
-            by_source = [r for r in source_rows(result) if r[0] in ("runtime", "pytorch")]
-            out += ["Accuracy on labelled images:", "", *table(accuracy), "", *table(by_source), ""]
-    return "\n".join(out).rstrip() + "\n"
+def section(result: dict[str, Any]) -> list[str]:
+    """What the document says of one model; nothing in it is typed by hand."""
+    mark_slower(result["rows"])
+    out = [f"## {result['model']['name']}", "", facts(result), ""]
+    out += [] if result["model"].get("trained") else [UNTRAINED, ""]
+    if calm := result.get("calm", {}).get("disturbed"):
+        out += [f"The machine was disturbed in {calm} of {result['calm']['rounds']} rounds.", ""]
+    out += table([list(HEADS), *(cells(r) for r in result["rows"])])
+    if (accuracy := accuracy_rows(result)) and any(r.get("quality") for r in result["rows"]):
+        by_source = [r for r in source_rows(result) if r[0] in ("runtime", "pytorch")]
+        out += ["", "Accuracy on labelled images:", "", *table(accuracy), "", *table(by_source)]
+    return out
 
 
 def table(rows: list[list[str]]) -> list[str]:

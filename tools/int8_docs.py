@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from pages import sections
 
 import pocketsam
 from pocketsam.benchmarks.work import share_in_8_bits
@@ -58,12 +59,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = [*HEAD, *(line for section in made.values() for line in section)]
     args.out.write_text("\n".join(lines), encoding="utf-8")
     print(f"wrote {args.out}", file=sys.stderr)
-
-
-def sections(page: str) -> dict[str, list[str]]:
-    """Model -> the lines of its section."""
-    parts = re.split(r"^(?=## )", page, flags=re.MULTILINE)[1:]
-    return {part.splitlines()[0].removeprefix("## "): part.splitlines() for part in parts}
 
 
 def trained(bundle: Bundle, path: Path, args: argparse.Namespace) -> list[str]:

@@ -3,14 +3,18 @@
     python tools/make_models_doc.py [docs/models.md] [--measured FOLDER]
 
 Multiply-accumulates are counted by torch on the meta device, with attention in its explicit form; nothing is loaded.
-Times and sizes come from the folder that ``tools/bench_docs.py`` fills.
+Times and sizes come from the folder that ``tools/bench_docs.py`` fills; what the page says of models that are not in it
+stays.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +121,43 @@ def speed_row(name: str, data: dict[str, Any] | None) -> str:
     return f"| {name} | {' | '.join(cells)} |\n"
 
 
-def conditions(measured: dict[str, dict[str, Any]]) -> str:
+@dataclass
+class Earlier:
+    """What a page says of models that were measured before.
+
+    Attributes:
+        rows: model -> its line of the second table.
+        groups: machine, threads and versions -> the models measured there.
+        refusals: model -> its lines.
+    """
+
+    rows: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, list[str]] = field(default_factory=dict)
+    refusals: dict[str, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, page: str) -> Earlier:
+        """Everything of a page, which may be empty."""
+        found = cls()
+        for line in page.partition("## Speed and size")[2].splitlines(keepends=True):
+            if table := re.match(r"\| (\S+) \| \d", line):
+                found.rows[table[1]] = line
+            elif group := re.match(r"Measured (?:for (.*?) )?with (.*)\n", line):
+                found.groups[group[2]] = group[1].split(", ") if group[1] else list(found.rows)
+            elif refusal := re.match(r"- (\S+), ", line):
+                found.refusals.setdefault(refusal[1], []).append(line)
+        return found
+
+    def without(self, names: Collection[str]) -> Earlier:
+        """What remains when these are measured again."""
+        groups = {text: [n for n in group if n not in names] for text, group in self.groups.items()}
+        return Earlier({n: r for n, r in self.rows.items() if n not in names}, {t: g for t, g in groups.items() if g},
+                       {n: r for n, r in self.refusals.items() if n not in names})
+
+
+def conditions(measured: dict[str, dict[str, Any]], earlier: Earlier) -> str:
     """One sentence for each machine, threads and versions; with the models it covers if there are several."""
-    groups: dict[str, list[str]] = {}
+    groups = {text: list(names) for text, names in earlier.groups.items()}
     for name, data in measured.items():
         host = data["machine"]
         versions = ", ".join(dict.fromkeys(f"{r['runtime']} {r['version']}" for r in data["rows"]
@@ -134,20 +172,23 @@ def conditions(measured: dict[str, dict[str, Any]]) -> str:
     return "".join(f"\nMeasured for {', '.join(names)} with {text}\n" for text, names in groups.items())
 
 
-def refusals(measured: dict[str, dict[str, Any]]) -> str:
+def refusals(measured: dict[str, dict[str, Any]], earlier: Earlier) -> str:
     """What formats said that did not take a model."""
-    lines = [f"- {name}, {what}: {reason}\n" for name, data in measured.items()
-             for what, reason in data["refused"].items()]
+    lines = [line for found in earlier.refusals.values() for line in found]
+    lines += [f"- {name}, {what}: {reason}\n" for name, data in measured.items()
+              for what, reason in data["refused"].items()]
     return "\nNot exported:\n\n" + "".join(lines) if lines else ""
 
 
-def document(names: list[str], measured: dict[str, dict[str, Any]]) -> str:
-    """The whole page."""
+def document(names: list[str], measured: dict[str, dict[str, Any]], before: str = "") -> str:
+    """The whole page, with what ``before`` says of models that are not measured."""
     if unknown := sorted(set(measured) - set(registry.MODELS)):
         sys.exit(f"no such model: {', '.join(unknown)}.")
     shown = {n: measured[n] for n in names if n in measured}
-    return (HEAD + "".join(row(n) for n in names) + MEASURED + "".join(speed_row(n, shown.get(n)) for n in names)
-            + conditions(shown) + refusals(shown))
+    earlier = Earlier.read(before).without(measured)
+    rows = [earlier.rows.get(n) or speed_row(n, shown.get(n)) for n in names]
+    return (HEAD + "".join(row(n) for n in names) + MEASURED + "".join(rows) + conditions(shown, earlier)
+            + refusals(shown, earlier))
 
 
 if __name__ == "__main__":
@@ -156,5 +197,6 @@ if __name__ == "__main__":
     parser.add_argument("--measured", type=Path, help="Folder that tools/bench_docs.py filled.")
     args = parser.parse_args()
     names = [n for n in registry.MODELS if n != "lite0"]
-    args.target.write_text(document(names, measurements(args.measured)), encoding="utf-8")
+    before = args.target.read_text(encoding="utf-8") if args.target.exists() else ""
+    args.target.write_text(document(names, measurements(args.measured), before), encoding="utf-8")
     print(f"wrote {args.target}: {len(names)} models")
