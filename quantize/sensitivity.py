@@ -62,9 +62,7 @@ def mend(module: nn.Module, layers: Sequence[Layer], batch: Tensor, images: int)
     judge = _Judge(module, batch[:images])
     if judge.activations(layers) >= ENOUGH:
         return []
-    # One image ranks the layers.
-    single = _Judge(module, batch[:1])
-    alone = [single.activations([layer]) for layer in layers]
+    alone = [judge.activations([layer]) for layer in layers]
     heavy = [i for i, layer in enumerate(layers)
              if alone[i] < ALONE and can_scale(layer.module) and _work(layer) >= LIGHT]
     found = plans(module, [layers[i] for i in heavy], batch)
@@ -76,7 +74,7 @@ def mend(module: nn.Module, layers: Sequence[Layer], batch: Tensor, images: int)
         i = max(rest, key=lambda i: _noise(alone[i]) / costs[i])
         if i in scales:
             put(module, layers[i], scales.pop(i))
-            alone[i] = single.activations([layers[i]])
+            alone[i] = judge.activations([layers[i]])
         else:
             rest.remove(i)
             floats.append(layers[i])
