@@ -27,6 +27,8 @@ PASSED = ("Convert", "Reshape", "Transpose")
 # Operators that add a table, and which of their inputs it can be.
 ADDED = {"Add": (0, 1), "ScaledDotProductAttention": (3,)}
 WEIGHTED = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul")
+# They compute in float whatever they read, so rounding it (a residual stream, queries and keys) gains nothing.
+FLOAT = ("MVN", "Multiply", "Pad", "ReduceMean", "ReduceSum", "ScaledDotProductAttention")
 
 
 class OpenVinoQuantizer:
@@ -101,12 +103,13 @@ class OpenVinoQuantizer:
     @staticmethod
     def _computed(model: ov.Model) -> list[str]:
         """Products of two computed tensors (attention, mask head) collapse in 8 bits, sums would round a residual
-        stream once more, and what a scale for each channel mends must not be rounded before it: all stay in float.
+        stream once more, what a scale for each channel mends must not be rounded before it, and what others read is
+        rounded for nothing: all stay in float.
         """
         return [o.get_friendly_name() for o in model.get_ordered_ops()
                 if (o.get_type_name() == "MatMul" and not _weighted(o))
                 or (o.get_type_name() == "Add" and not _adds_constant(o))
-                or o.get_type_name() == "Multiply"]
+                or o.get_type_name() in FLOAT]
 
 
 def _weighted(operator: Any) -> bool:

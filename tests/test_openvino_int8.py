@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import openvino as ov
 import pytest
 import torch
+import torch.nn.functional as F
 from openvino import opset13 as opset
-from torch import nn
+from torch import Tensor, nn
 
-from pocketsam.quantize.correction import Layer
+from pocketsam import registry
+from pocketsam.models.catalog import spec
+from pocketsam.quantize.correction import Layer, prepare
 from pocketsam.quantize.grid import channels_first, column, nearest, steps
-from pocketsam.quantize.openvino import _behind, _flatten, _requantize
+from pocketsam.quantize.openvino import PASSED, WEIGHTED, OpenVinoQuantizer, _behind, _flatten, _requantize
+from pocketsam.quantize.recipes import Job
 
 LEVELS = 256
 
@@ -74,3 +82,46 @@ def test_transposed_convolutions_keep_their_channels() -> None:
     answer = ov.Core().compile_model(ov.Model([operator], [x]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([values])[0]
     want = nn.functional.conv_transpose2d(torch.from_numpy(values), rounded, stride=2).numpy()
     assert np.abs(answer - want).max() <= 1e-5
+
+
+class Windows(nn.Module):
+    """A padded map of tokens with a residual stream, attention and norms, as TinyViT and SAM 2 have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.neck = nn.Conv2d(3, 16, 8, 8), nn.Conv2d(16, 8, 1)
+        self.norm, self.last = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.q, self.k, self.v, self.proj = (nn.Linear(16, 16) for _ in range(4))
+        self.requires_grad_(False)
+
+    def forward(self, image: Tensor) -> tuple[Tensor]:
+        b = len(image)
+        x = self.stem(image.permute(0, 3, 1, 2).float() / 64 - 2).permute(0, 2, 3, 1)
+        tokens = self.norm(F.pad(x, (0, 0, 0, 1, 0, 1))).reshape(b, 25, 16)
+        q, k, v = (part(tokens).reshape(b, 25, 2, 8).transpose(1, 2) for part in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, 5, 5, 16)
+        x = x + self.proj(mixed)[:, :4, :4]
+        return (self.neck(self.last(x).permute(0, 3, 1, 2)),)
+
+
+def test_only_weighted_layers_read_rounded_activations(tmp_path: Path) -> None:
+    """Rounding a residual stream before a norm or padding, or queries and keys, costs masks and gains no time."""
+    graph = spec("lite0").encoder_graph()
+    contract = replace(graph, inputs=(replace(graph.inputs[0], shape=(1, 32, 32, 3)),),
+                       outputs=(replace(graph.outputs[0], shape=(1, 8, 4, 4)),))
+    rng = np.random.default_rng(0)
+    images: list[Any] = [rng.integers(0, 256, (1, 32, 32, 3), dtype=np.uint8) for _ in range(2)]
+    found = prepare(Windows().eval(), images, "full", activations=True).written("reshape", rounds_outputs=False)
+    registry.load("format", "openvino").export(found.module, contract, "fp32", tmp_path / "float.ir")
+    job = Job(contract, tmp_path / "float.ir", found.module, "int8", lambda _: ({"image": i} for i in images), 2, found)
+    OpenVinoQuantizer(job).write(tmp_path / "int8.ir")
+    model = ov.Core().read_model(tmp_path / "int8.ir" / "model.xml")
+    rounded = [o for o in model.get_ordered_ops() if o.get_type_name() == "FakeQuantize"]
+    assert len(rounded) >= 3
+    assert {r.get_type_name() for o in rounded for r in _reads(o)} <= set(WEIGHTED)
+
+
+def _reads(node: Any) -> list[Any]:
+    readers = [t.get_node() for t in node.output(0).get_target_inputs()]
+    return [r for n in readers for r in (_reads(n) if n.get_type_name() in PASSED else [n])]
