@@ -18,7 +18,6 @@ import argparse
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import rivals
-from pages import sections
+from pages import page, sections
 
 import pocketsam
 from pocketsam.benchmarks.latency import Plan
@@ -88,12 +87,11 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")])
     for model in () if args.write else args.models:
         measure(model, args)
-    page = ROOT / "docs" / "benchmarks.md"
-    made = sections(page.read_text(encoding="utf-8")) if page.exists() else {}
+    target = ROOT / "docs" / "benchmarks.md"
+    made = sections(target.read_text(encoding="utf-8")) if target.exists() else {}
     made |= {p.parent.name: section(read(p)) for p in sorted(args.work.glob(f"*/{RESULT}"))}
     ordered = [made[m] for m in (*MODELS, *[m for m in REGISTERED if m not in MODELS]) if m in made]
-    text = "\n".join([INTRO, *(line for lines in ordered for line in [*lines, ""])])
-    page.write_text(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n", encoding="utf-8")
+    target.write_text(page(INTRO, ordered), encoding="utf-8")
 
 
 def measure(model: str, args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pages import sections
+from pages import page, sections
 
 import pocketsam
 from pocketsam.benchmarks.work import share_in_8_bits
@@ -56,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in args.untrained:
         bundle = read_bundle(path)
         made[bundle.spec.name] = untrained(bundle, path, args)
-    lines = [*HEAD, *(line for section in made.values() for line in section)]
-    args.out.write_text("\n".join(lines), encoding="utf-8")
+    args.out.write_text(page("\n".join(HEAD), made.values()), encoding="utf-8")
     print(f"wrote {args.out}", file=sys.stderr)
 
 
