@@ -95,5 +95,5 @@ class Guest(Worker):
 def available_mb() -> float | None:
     """Memory that programs can still have, in 10^6 bytes; None where the system does not tell."""
     file = Path("/proc/meminfo")
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = file.read_text("ascii").splitlines() if file.exists() else []
     return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("MemAvailable:")), None)

@@ -59,7 +59,7 @@ def bandwidth(threads: int) -> float:
 
 def _copy_bytes() -> int:
     try:
-        cache = int(CACHE_SIZE.read_text().strip().removesuffix("K")) * 1024
+        cache = int(CACHE_SIZE.read_text("ascii").strip().removesuffix("K")) * 1024
     except (OSError, ValueError):
         cache = 0  # not Linux: the least size is far beyond the caches of most
     return min(max(CACHE_FACTOR * cache, LEAST_BYTES), MOST_BYTES)

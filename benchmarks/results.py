@@ -45,7 +45,7 @@ def commit() -> str:
     root = Path(__file__).resolve().parents[1]
     try:
         got = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True,
-                             text=True, timeout=10, check=True)
+                             encoding="utf-8", timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
     return got.stdout.strip()

@@ -105,7 +105,7 @@ def _quiet() -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with (warnings.catch_warnings(), open(os.devnull, "w") as sink,  # noqa: PTH123
+        with (warnings.catch_warnings(), open(os.devnull, "w", encoding="utf-8") as sink,  # noqa: PTH123
               contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink)):
             warnings.simplefilter("ignore")
             yield

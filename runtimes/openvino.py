@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ FORMAT = "openvino"
 MODEL_FILE = "model.xml"
 # OpenVINO would pick bf16 or f16 by itself where the hardware has it, and masks would change with the machine.
 INFERENCE_PRECISIONS = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
+# With a model cache OpenVINO sets the process's locale to "C" while it compiles and back after: of two at once, the
+# second takes "C" for what it should go back to, and the program reads its text files as ASCII from then on.
+COMPILING = threading.Lock()
 
 
 class OpenVinoRuntime:
@@ -99,7 +103,8 @@ class OpenVinoRuntime:
 
     def _compile(self, model: ov.Model, config: dict[str, Any] | None = None) -> ov.CompiledModel:
         try:
-            return self._core.compile_model(model, "CPU", config or self._config)
+            with COMPILING:
+                return self._core.compile_model(model, "CPU", config or self._config)
         except RuntimeError as e:
             reason = next((line for line in reversed(str(e).splitlines()) if line.strip()), "no reason given")
             raise BundleError(f"OpenVINO {ov.get_version()} cannot compile the {model.get_friendly_name()} graph "

@@ -229,7 +229,8 @@ def bench_run(toy_bundle: Path, toy_checkpoint: Path, tmp_path_factory: pytest.T
     code = ("import sys; sys.path.insert(0, 'tests/reference'); from pocketsam.cli import main; "
             f"sys.argv = ['pocketsam', 'bench', {str(toy_bundle)!r}, '-o', {str(out)!r}, '--quick', '--threads', '1', "
             f"'--against', 'onnxruntime']; main()")
-    got = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    got = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True,
+                         encoding="utf-8")
     assert got.returncode == 0, got.stderr
     assert "onnxruntime" in got.stdout
     return out

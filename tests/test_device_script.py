@@ -31,7 +31,7 @@ def run(bundle: Path, out: Path, *options: str) -> subprocess.CompletedProcess[s
 
 def check(out: Path, bundle: Path, runtime: str) -> None:
     manifest = json.loads((bundle / "bundle.json").read_text())
-    result = json.loads(out.read_text())
+    result = json.loads(out.read_text("utf-8"))
     assert list(result) == ["kind", "schema", "complete", "created", "device", "machine", "pocketsam", "commit",
                             "model", "settings", "ceilings", "rows"]
     assert (result["kind"], result["schema"], result["complete"]) == ("pocketsam-bench", 1, True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import locale
 import os
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,19 @@ def test_openvino_computes_in_what_was_asked_or_says_why_not(bundle: Path, tmp_p
     assert len(list((tmp_path / "cache").rglob(f"*-{asked}"))) == 1
     assert {"bf16": "bfloat16", "f16": "float16"}[asked] in str(
         sam.runtime._encoder.get_property("INFERENCE_PRECISION_HINT"))
+
+
+def test_openvino_leaves_the_locale_alone(bundle: Path) -> None:
+    """OpenVINO, compiling in several threads with a cache, would leave "C": text files read as ASCII afterwards."""
+    before = locale.setlocale(locale.LC_CTYPE)
+    try:
+        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+        for _ in range(3):
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(lambda _: pocketsam.load(bundle, runtime="openvino", threads=1), range(8)))
+            assert locale.setlocale(locale.LC_CTYPE) == "C.UTF-8"
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
 
 
 def test_unknown_inference_precision(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +231,7 @@ def test_a_slower_and_less_accurate_candidate_is_never_chosen() -> None:
 
 def resident() -> int:
     """Bytes of memory that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def test_onnx_runtime_gives_encoder_memory_back_where_asked(toy_bundle: Path, tmp_path: Path) -> None:

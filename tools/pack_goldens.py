@@ -39,7 +39,7 @@ def thinning(key: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
 
 def pack(source: Path, target: Path, name: str) -> int:
     """Write ``<name>.json.xz`` and, where there are outputs, ``<name>.npz``; returns their bytes."""
-    manifest = json.loads((source / f"{name}.json").read_text())
+    manifest = json.loads((source / f"{name}.json").read_text("utf-8"))
     small = {k: manifest[k] for k in FIELDS if k in manifest}
     target.mkdir(parents=True, exist_ok=True)
     text = lzma.compress(json.dumps(small, separators=(",", ":")).encode(), preset=9)

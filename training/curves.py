@@ -16,7 +16,7 @@ SMOOTHING = 0.9
 
 def read_log(path: Path) -> list[dict[str, float]]:
     """Rows of training steps in a ``log.jsonl``."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     return [row for row in rows if "step" in row]
 
 

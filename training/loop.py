@@ -211,7 +211,7 @@ class Trainer:
         """Append one JSON line."""
         if rank():
             return
-        with (self.out / LOG).open("a") as stream:
+        with (self.out / LOG).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
 
     @torch.no_grad()

@@ -75,14 +75,14 @@ def teach(teacher: Predictor, packs: Sequence[Path], out: Path, side: int) -> Ta
             rows.flush()
             done = i + 1
             with staged_file(_beside(out)) as staged:
-                staged.write_text(json.dumps(asdict(plan) | {"done": done}))
+                staged.write_text(json.dumps(asdict(plan) | {"done": done}), encoding="utf-8")
             print(f"{done} of {photos}", flush=True)
     return read_taught(out)
 
 
 def read_taught(path: Path) -> Taught:
     """The description beside a file of embeddings."""
-    values = json.loads(_beside(path).read_text())
+    values = json.loads(_beside(path).read_text("utf-8"))
     return Taught(**{**values, "packs": tuple(values["packs"])})
 
 

@@ -83,7 +83,7 @@ def timed(call: Any, runs: int) -> dict[str, Any]:
 
 def kernel(path: str, name: str) -> str:
     """What follows ``name:`` in a file of the kernel, or nothing."""
-    text = Path(path).read_text(errors="replace") if Path(path).exists() else ""
+    text = Path(path).read_text("utf-8", errors="replace") if Path(path).exists() else ""
     found = re.search(rf"^(?:{name})\s*: *(.*)$", text, re.MULTILINE)
     return found[1] if found else ""
 
