@@ -10,7 +10,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ WEIGHTED = frozenset({"conv", "conv_transpose", "linear", "matmul"})
 # What may stand between the product that makes attention logits and its softmax.
 LOGIT_PATH = frozenset({"add", "sub", "mul", "real_div", "reshape", "transpose", "expand_dims", "squeeze",
                         "slice_by_index", "concat", "cast", "reduce_sum"})
+# What may stand between the products of linear attention and their quotient.
+SUM_PATH = LOGIT_PATH | {"matmul"}
 # Squares of activations above 255 leave the range of fp16 inside a layer norm.
 ALWAYS_FP32 = frozenset({"layer_norm", "softmax", "sin", "cos", "exp", "rsqrt"})
 
@@ -131,13 +133,25 @@ def fits_fp16(operation: Any) -> bool:
 
     Kept in fp32: layer norms and softmax; the products that make attention logits and all up to the softmax (they
     overflow in TinyViT); raw pixels, coordinates and labels up to the first layer (fp16 steps by half a pixel above
-    512); what leads to a sine or cosine, whose argument spans many periods; and the same for the spelled-out softmax
-    (``exp``) and layer norm (``rsqrt``) of the click graphs.
+    512); what leads to a sine or cosine, whose argument spans many periods; the same for the spelled-out softmax
+    (``exp``) and layer norm (``rsqrt``) of the click graphs; and linear attention up to its quotient, as in the
+    official code (efficientvit/models/nn/ops.py, ``LiteMLA``), whose sums over positions overflow and whose 1e-15
+    would be 0.
     """
     kind = operation.op_type
-    if kind in ALWAYS_FP32 or _raw(operation, {}):
+    if kind in ALWAYS_FP32 or _quotient(operation) or _raw(operation, {}):
         return False
-    return not _leads_to(operation, ALWAYS_FP32 - {"layer_norm"}, passes=kind in LOGIT_PATH | WEIGHTED)
+    return not (_leads_to(operation, _sensitive, LOGIT_PATH, passes=kind in LOGIT_PATH | WEIGHTED)
+                or _leads_to(operation, _quotient, SUM_PATH, passes=kind in SUM_PATH))
+
+
+def _sensitive(operation: Any) -> bool:
+    return operation.op_type in ALWAYS_FP32 - {"layer_norm"}
+
+
+def _quotient(operation: Any) -> bool:
+    """A division by what the graph computed."""
+    return operation.op_type == "real_div" and operation.y.val is None
 
 
 def _raw(operation: Any, known: dict[int, bool]) -> bool:
@@ -149,11 +163,11 @@ def _raw(operation: Any, known: dict[int, bool]) -> bool:
     return known[id(operation)]
 
 
-def _leads_to(operation: Any, ends: frozenset[str], passes: bool) -> bool:
-    """Some path of logit arithmetic from this operator's results to one of ``ends``."""
+def _leads_to(operation: Any, end: Callable[[Any], bool], path: frozenset[str], passes: bool) -> bool:
+    """Some path of operators in ``path`` from this operator's results to an ``end``."""
     if not passes:
         return False
-    return any(child.op_type in ends or _leads_to(child, ends, child.op_type in LOGIT_PATH)
+    return any(end(child) or _leads_to(child, end, path, child.op_type in path)
                for out in operation.outputs for child in out.child_ops)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import pocketsam
 from pocketsam.bundle import read_bundle
@@ -19,11 +20,13 @@ from pocketsam.errors import UsageError
 from pocketsam.export import coreml, rewrites
 from pocketsam.export.graphs import EncoderGraph
 from pocketsam.geometry import Frame
+from pocketsam.models.efficient_vit import LinearAttention
 from pocketsam.models.loading import load_model
 from pocketsam.parity import compare
 from pocketsam.predictor import Predictor
 from pocketsam.runtimes.mil.evaluate import Evaluator
 from pocketsam.runtimes.mil.program import Function, Operation, load_package
+from pocketsam.specs import GraphSpec, TensorSpec
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)
 ct = pytest.importorskip("coremltools")
@@ -197,6 +200,33 @@ def test_without_the_selector_they_overflow(hot_checkpoint: Path, tmp_path: Path
     assert np.isnan(embedding.features["image_embeddings"]).all()
     assert not predictor.predict(box=(100, 100, 400, 300), multimask=False).masks.any()
     assert compare(hybrid.reference, predictor, [golden_image]).mean < 0.5
+
+
+def linear_attention(path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Answers of PyTorch and of an fp16 package; large keys, and positions whose queries are all negative."""
+    torch.manual_seed(0)
+    layer = LinearAttention(32, 5).eval()
+    with torch.no_grad():
+        layer.qkv.conv.weight.mul_(8)
+    graph = nn.Sequential(nn.Conv2d(3, 32, 1), layer).eval()
+    spec = GraphSpec("encoder", (TensorSpec("x", "float32", (1, 3, 32, 32)),),
+                     (TensorSpec("y", "float32", (1, 32, 32, 32)),))
+    x = torch.randn(1, 3, 32, 32) * 8
+    x[:, :, :4, :4] = 0
+    with torch.no_grad():
+        expected = graph(x).numpy()
+    coreml.convert(graph, spec, "fp16", 1).save(str(path))
+    return expected, Evaluator(path).run({"x": x.numpy()})["y"]
+
+
+def test_linear_attention_survives_fp16(tmp_path: Path) -> None:
+    expected, got = linear_attention(tmp_path / "encoder.mlpackage")
+    assert np.abs(got - expected).max() <= 0.02 * np.abs(expected).max()
+
+
+def test_without_the_selector_linear_attention_overflows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coreml, "_quotient", lambda operation: False)
+    assert not np.isfinite(linear_attention(tmp_path / "encoder.mlpackage")[1]).all()
 
 
 COMPRESSED = [
