@@ -24,7 +24,7 @@ from pocketsam.quantize.calibration import CalibrationSet
 from pocketsam.quantize.correction import METHOD, Prepared, prepare
 from pocketsam.quantize.grid import Grid
 from pocketsam.quantize.recipes import Job, check
-from pocketsam.quantize.search import Search
+from pocketsam.quantize.search import Search, try_attention
 from pocketsam.remembered import Remembered
 from pocketsam.runtime import Runtime
 from pocketsam.specs import CLICK_GRAPHS
@@ -189,16 +189,22 @@ class _Pair:
         if len(floats) > 1:
             self.stage.report(f"{len(floats)} of {len(layers)} layers stay in float")
 
+        fixed = frozenset(floats)
+
         def measure(keep: frozenset[str], images: Sequence[Rgb]) -> dict[str, Any]:
             remove(path)
-            tool.write(path, keep.union(floats))
+            tool.write(path, keep | fixed)
             row = self._row("encoder", path, key)
             return agreement(self.reference, self._open(row, decoder), images).summary()
 
+        def ratio() -> float | None:
+            return self._ratio("encoder", self._row("encoder", path, key), decoder)
+
         trials = self.stage.calibration.images[:SEARCH_IMAGES]
+        in_float, attention = try_attention(frozenset(tool.attention()), measure, trials, ratio, self.stage.report)
+        fixed |= in_float
         search = Search([n for n in layers if n not in floats], measure, self.stage.images, trials, self.gate,
-                        self.stage.seconds, f"{key}-{self.format}", self.stage.report,
-                        lambda: self._ratio("encoder", self._row("encoder", path, key), decoder))
+                        self.stage.seconds, f"{key}-{self.format}", self.stage.report, ratio)
         found = search.run()
         if not found.measured["all"]["mean"] >= self.gate:
             remove(path)
@@ -206,7 +212,7 @@ class _Pair:
                 f"{self.format} {self.recipe} agrees with PyTorch by a mean mask IoU of at most "
                 f"{found.measured['all']['mean']:.4f} (worst {found.measured['all']['worst']:.4f}), with "
                 f"{len(floats) + len(found.keep)} layers in float, below the gate of {self.gate}.")
-        found = replace(found, keep=(*floats, *found.keep))
+        found = replace(found, keep=(*floats, *found.keep), attention=attention)
         return self._row("encoder", path, key), found
 
     def _decoder(self, encoder: Artifact, fp32: Artifact, key: str,

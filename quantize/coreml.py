@@ -65,6 +65,10 @@ class CoreMlQuantizer:
             return dict.fromkeys(names, np.empty(0))
         return {name: layer.module.weight.numpy() for name, layer in zip(names, layers, strict=True)}
 
+    def attention(self) -> list[str]:
+        """None: attention stays in float."""
+        return []
+
     def write(self, path: Path, keep: frozenset[str] = frozenset()) -> None:
         """Write the package, with the operators of ``keep`` in float."""
         if self.job.recipe == "int8-weights" or self.job.prepared is None:

@@ -65,6 +65,10 @@ class LiteRtQuantizer:
         """The tensors that weighted operators write."""
         return {o.writes: o.weights for o in self._operators()}
 
+    def attention(self) -> list[str]:
+        """None: attention stays in float."""
+        return []
+
     def write(self, path: Path, keep: frozenset[str] = frozenset()) -> None:
         """Write the quantized flatbuffer, with the operators that write the tensors of ``keep`` in float."""
         with quiet():

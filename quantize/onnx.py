@@ -69,6 +69,10 @@ class OnnxQuantizer:
         values = {i.name: i for i in model.graph.initializer}
         return {n.name: numpy_helper.to_array(values[n.input[1]]) for n in self._weighted(model)}
 
+    def attention(self) -> list[str]:
+        """None: attention stays in float."""
+        return []
+
     def write(self, path: Path, keep: frozenset[str] = frozenset()) -> None:
         """Write the quantized model, with the nodes of ``keep`` in float."""
         if self.job.recipe == "int8-weights":

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from openvino import opset13 as opset
 
 from pocketsam.export.openvino import MODEL_FILE, save
+from pocketsam.quantize.openvino_attention import global_attention, make_signed, spell_out
 from pocketsam.quantize.recipes import Job, narrow_grid
 from pocketsam.quantize.tables import in_8_bits, is_table
 
@@ -58,19 +59,30 @@ class OpenVinoQuantizer:
         return {o.get_friendly_name(): weights for o in self._read().get_ordered_ops()
                 if (weights := _weights(o)) is not None}
 
+    def attention(self) -> list[str]:
+        """Global attention, whose logits may be rounded."""
+        return self._attention(self._read())
+
     def write(self, path: Path, keep: frozenset[str] = frozenset()) -> None:
         """Write the quantized IR, with the operators of ``keep`` in float."""
         with quiet():
             import nncf
 
             model = self._read()
-            ignored = nncf.IgnoredScope(names=sorted({*keep, *self._computed(model)}), validate=False)
+            logits = spell_out(model, set(self._attention(model)) - keep)
+            computed = set(self._computed(model)).difference(logits)
+            ignored = nncf.IgnoredScope(names=sorted(computed | keep), validate=False)
             if self.job.recipe == "int8-weights":
                 done = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=ignored)
             else:
                 done = self._quantized(model, ignored)
+                make_signed(done, logits)
             _store_tables(done)
             save(done, path)
+
+    def _attention(self, model: ov.Model) -> list[str]:
+        """Of the encoder only: in the decoder each token's attention to the image decides on the mask."""
+        return global_attention(model) if self.job.recipe == "int8" and self.job.prepared is not None else []
 
     def _quantized(self, model: ov.Model, ignored: Any) -> ov.Model:
         import nncf
@@ -102,9 +114,9 @@ class OpenVinoQuantizer:
 
     @staticmethod
     def _computed(model: ov.Model) -> list[str]:
-        """Products of two computed tensors (attention, mask head) collapse in 8 bits, sums would round a residual
-        stream once more, what a scale for each channel mends must not be rounded before it, and what others read is
-        rounded for nothing: all stay in float.
+        """Products of two computed tensors (values of attention, mask head) collapse in 8 bits, sums would round a
+        residual stream once more, what a scale for each channel mends must not be rounded before it, and what others
+        read is rounded for nothing: all stay in float.
         """
         return [o.get_friendly_name() for o in model.get_ordered_ops()
                 if (o.get_type_name() == "MatMul" and not _weighted(o))

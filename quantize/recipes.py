@@ -108,8 +108,12 @@ class Quantizer(Protocol):
         """Names of the weighted layers in execution order, with their weights in the format's layout."""
         ...
 
+    def attention(self) -> list[str]:
+        """Names of the global attention that has an 8-bit form."""
+        ...
+
     def write(self, path: Path, keep: frozenset[str] = frozenset()) -> None:
-        """Write the quantized graph, with the layers of ``keep`` in float."""
+        """Write the quantized graph, with the operators of ``keep`` in float."""
         ...
 
 

@@ -15,6 +15,8 @@ from pocketsam.images import Rgb
 
 # Layers are tried in contiguous groups: neighbours share the conversions between int8 and float.
 GROUPS = 8
+# What 8-bit attention logits may cost in mean mask IoU, and must gain in time.
+ATTENTION_LOSS, ATTENTION_GAIN = 0.002, 1.03
 Measure = Callable[[frozenset[str], Sequence[Rgb]], dict[str, Any]]
 
 
@@ -26,15 +28,18 @@ class Found:
         keep: names of layers in float.
         measured: agreement on the judging images.
         path: one row a step: layers in float, mean agreement on the calibration images, time ratio to fp32.
+        attention: the same of logits of global attention in float and in 8 bits, where the format has these.
     """
 
     keep: tuple[str, ...]
     measured: dict[str, Any]
     path: list[dict[str, Any]] = field(default_factory=list)
+    attention: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """What the bundle records."""
-        return {"float_layers": list(self.keep), "search": self.path}
+        return {"float_layers": list(self.keep), "search": self.path,
+                **({"attention": self.attention} if self.attention else {})}
 
 
 class Search:
@@ -103,3 +108,26 @@ class Search:
                 staged.write_text(json.dumps(self.known), encoding="utf-8")
         return self.known[name]
 
+
+def try_attention(layers: frozenset[str], measure: Measure, trials: Sequence[Rgb], ratio: Callable[[], float | None],
+                  report: Callable[[str], None]) -> tuple[frozenset[str], list[dict[str, Any]]]:
+    """Compare logits of global attention in float and in 8 bits.
+
+    Args:
+        layers: names of attention layers; nothing is measured where there are none.
+        measure, trials, ratio: as for :class:`Search`.
+
+    Returns:
+        Which of them stay in float (none where 8 bits are faster and keep the masks, else all), and what was measured.
+    """
+    if not layers:
+        return layers, []
+    rows = [{"int8": not keep, "mean": measure(keep, trials)["all"]["mean"], "ratio": ratio()}
+            for keep in (layers, frozenset[str]())]
+    plain, rounded = rows
+    faster = None in (plain["ratio"], rounded["ratio"]) or rounded["ratio"] >= ATTENTION_GAIN * plain["ratio"]
+    chosen = faster and rounded["mean"] >= plain["mean"] - ATTENTION_LOSS
+    where = "in 8 bits" if chosen else "stay in float"
+    report(f"attention logits {where}: mean mask IoU in float {plain['mean']:.4f}, "
+           f"in 8 bits {rounded['mean']:.4f}; {plain['ratio']} and {rounded['ratio']} x as fast as fp32")
+    return (frozenset() if chosen else layers), rows

@@ -19,6 +19,7 @@ from pocketsam.models.catalog import spec
 from pocketsam.quantize.correction import Layer, prepare
 from pocketsam.quantize.grid import channels_first, column, nearest, steps
 from pocketsam.quantize.openvino import PASSED, WEIGHTED, OpenVinoQuantizer, _behind, _flatten, _requantize
+from pocketsam.quantize.openvino_attention import LOGITS, quantizers
 from pocketsam.quantize.recipes import Job
 
 LEVELS = 256
@@ -105,17 +106,22 @@ class Windows(nn.Module):
         return (self.neck(self.last(x).permute(0, 3, 1, 2)),)
 
 
+def quantizer(module: nn.Module, image: tuple[int, ...], output: tuple[int, ...], folder: Path) -> OpenVinoQuantizer:
+    """Of an encoder with the contract's names, calibrated on noise."""
+    graph = spec("lite0").encoder_graph()
+    contract = replace(graph, inputs=(replace(graph.inputs[0], shape=image),),
+                       outputs=(replace(graph.outputs[0], shape=output),))
+    rng = np.random.default_rng(0)
+    images: list[Any] = [rng.integers(0, 256, image, dtype=np.uint8) for _ in range(2)]
+    found = prepare(module.eval(), images, "full", activations=True).written("reshape", rounds_outputs=False)
+    registry.load("format", "openvino").export(found.module, contract, "fp32", folder / "float.ir")
+    return OpenVinoQuantizer(Job(contract, folder / "float.ir", found.module, "int8",
+                                 lambda _: ({"image": i} for i in images), 2, found))
+
+
 def test_only_weighted_layers_read_rounded_activations(tmp_path: Path) -> None:
     """Rounding a residual stream before a norm or padding, or queries and keys, costs masks and gains no time."""
-    graph = spec("lite0").encoder_graph()
-    contract = replace(graph, inputs=(replace(graph.inputs[0], shape=(1, 32, 32, 3)),),
-                       outputs=(replace(graph.outputs[0], shape=(1, 8, 4, 4)),))
-    rng = np.random.default_rng(0)
-    images: list[Any] = [rng.integers(0, 256, (1, 32, 32, 3), dtype=np.uint8) for _ in range(2)]
-    found = prepare(Windows().eval(), images, "full", activations=True).written("reshape", rounds_outputs=False)
-    registry.load("format", "openvino").export(found.module, contract, "fp32", tmp_path / "float.ir")
-    job = Job(contract, tmp_path / "float.ir", found.module, "int8", lambda _: ({"image": i} for i in images), 2, found)
-    OpenVinoQuantizer(job).write(tmp_path / "int8.ir")
+    quantizer(Windows(), (1, 32, 32, 3), (1, 8, 4, 4), tmp_path).write(tmp_path / "int8.ir")
     model = ov.Core().read_model(tmp_path / "int8.ir" / "model.xml")
     rounded = [o for o in model.get_ordered_ops() if o.get_type_name() == "FakeQuantize"]
     assert len(rounded) >= 3
@@ -125,3 +131,47 @@ def test_only_weighted_layers_read_rounded_activations(tmp_path: Path) -> None:
 def _reads(node: Any) -> list[Any]:
     readers = [t.get_node() for t in node.output(0).get_target_inputs()]
     return [r for n in readers for r in (_reads(n) if n.get_type_name() in PASSED else [n])]
+
+
+class Everywhere(nn.Module):
+    """Attention among all 1024 tokens, its queries in two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.neck = nn.Conv2d(3, 16, 4, 4), nn.Conv2d(16, 8, 1)
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.requires_grad_(False)
+
+    def forward(self, image: Tensor) -> tuple[Tensor]:
+        b = len(image)
+        x = self.stem(image.permute(0, 3, 1, 2).float() / 64 - 2)
+        q, k, v = self.qkv(x.flatten(2).mT).reshape(b, 1024, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        parts = [(part @ k.mT).softmax(-1) @ v for part in (q * 0.35).chunk(2, 2)]
+        mixed = self.proj(torch.cat(parts, 2).transpose(1, 2).reshape(b, 1024, 16)).mT.reshape(b, 16, 32, 32)
+        return (self.neck(x + mixed),)
+
+
+def test_logits_of_global_attention_in_8_bits(tmp_path: Path) -> None:
+    """Both sides signed, for OpenVINO would compute the product in float otherwise; kept names stay in float."""
+    tool = quantizer(Everywhere(), (1, 128, 128, 3), (1, 8, 32, 32), tmp_path)
+    names = tool.attention()
+    assert len(names) == 2
+    answers = []
+    for keep in (frozenset(names), frozenset[str]()):
+        tool.write(tmp_path / "int8.ir", keep)
+        model = ov.Core().read_model(tmp_path / "int8.ir" / "model.xml")
+        found = {o.get_friendly_name(): list(quantizers(o)) for o in model.get_ordered_ops()
+                 if o.get_friendly_name() in {*names, *(n + LOGITS for n in names)}}
+        # The product with the values stays in float.
+        assert {n: len(f) for n, f in found.items()} == (
+            dict.fromkeys(names, 0) if keep else {n: 2 * n.endswith(LOGITS) for n in found})
+        assert len(found) == (2 if keep else 4)
+        for node in [q for f in found.values() for q in f]:
+            low, high = (float(node.input_value(i).get_node().data.item()) for i in (1, 2))
+            assert low / high == pytest.approx(-128 / 127)
+            assert high > 0
+        x = np.random.default_rng(9).integers(0, 256, (1, 128, 128, 3), dtype=np.uint8)
+        answers.append(ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([x])[0])
+    plain, rounded = answers
+    assert 0 < np.abs(rounded - plain).max() <= 0.05 * np.abs(plain).max()

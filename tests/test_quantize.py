@@ -24,7 +24,7 @@ from pocketsam.photos import CALIBRATION_IMAGES, photo_paths
 from pocketsam.quantize.agreement import slower
 from pocketsam.quantize.calibration import collect
 from pocketsam.quantize.recipes import RECIPES, check
-from pocketsam.quantize.search import Search
+from pocketsam.quantize.search import Search, try_attention
 from pocketsam.tune import Candidate, choose
 
 Run = Callable[..., Any]
@@ -238,6 +238,28 @@ def test_search_stops_in_time_and_leaves_the_best_on_disk() -> None:
     found = search(calls, 1.0).run()
     assert found.measured["all"]["mean"] == pytest.approx(0.98)
     assert calls[-1] == frozenset(found.keep)
+
+
+@pytest.mark.parametrize(("mean", "ratio", "in_float"), [(0.98, 1.5, False), (0.97, 1.5, True), (0.98, 1.21, True)])
+def test_attention_in_8_bits_must_be_faster_and_keep_the_masks(mean: float, ratio: float, in_float: bool) -> None:
+    names = frozenset({"a", "b"})
+    ratios = iter((1.2, ratio))
+    said: list[str] = []
+
+    def measure(keep: frozenset[str], images: Sequence[Any]) -> dict[str, Any]:
+        return {"all": {"mean": 0.981 if keep == names else mean}}
+
+    kept, rows = try_attention(names, measure, [], lambda: next(ratios), said.append)
+    assert kept == (names if in_float else frozenset())
+    assert rows == [{"int8": False, "mean": 0.981, "ratio": 1.2}, {"int8": True, "mean": mean, "ratio": ratio}]
+    assert ("stay in float" in said[0]) == in_float
+
+
+def test_nothing_is_measured_without_global_attention() -> None:
+    def never(*args: object) -> Any:
+        raise AssertionError("measured")
+
+    assert try_attention(frozenset(), never, [], never, never) == (frozenset(), [])
 
 
 def test_auto_never_takes_int8_that_is_slower_than_fp32_of_its_runtime() -> None:

@@ -1,0 +1,77 @@
+"""Global attention of OpenVINO graphs: its logits in 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as opset
+
+# Keys from which it pays; the windows of other models are small and quick (docs/adr/0006).
+GLOBAL = 1024
+# What may stand between a rounded tensor and the product that reads it.
+MOVED = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "VariadicSplit", "Slice", "StridedSlice")
+TOP = 127
+LOGITS = "/logits"
+
+
+def global_attention(model: ov.Model) -> list[str]:
+    """Fused attention among at least ``GLOBAL`` keys, without a bias."""
+    return [o.get_friendly_name() for o in model.get_ordered_ops() if o.get_type_name() == "ScaledDotProductAttention"
+            and not o.get_attributes()["causal"] and o.input_value(1).get_shape()[-2] >= GLOBAL and _unbiased(o)]
+
+
+def spell_out(model: ov.Model, names: Iterable[str]) -> list[str]:
+    """Write these as product, softmax and product, so that the first can read 8 bits; OpenVINO computes the three in
+    one kernel again, which has such a form.
+
+    Returns:
+        Names of the first products.
+    """
+    wanted, made = set(names), []
+    for fused in [o for o in model.get_ordered_ops() if o.get_friendly_name() in wanted]:
+        q, k, v = (fused.input_value(i) for i in range(3))
+        scale = _scalar(fused, 4) if fused.get_input_size() > 4 else q.get_shape()[-1] ** -0.5
+        logits = opset.matmul(q if scale == 1 else opset.multiply(q, np.float32(scale)), k, False, True)
+        logits.set_friendly_name(fused.get_friendly_name() + LOGITS)
+        mixed = opset.matmul(opset.softmax(logits, -1), v, False, False)
+        mixed.set_friendly_name(fused.get_friendly_name())
+        fused.output(0).replace(mixed.output(0))
+        made.append(logits.get_friendly_name())
+    return made
+
+
+def make_signed(model: ov.Model, names: Iterable[str]) -> None:
+    """Give what these products read a signed range around zero: with any other OpenVINO computes them in float."""
+    wanted = set(names)
+    for product in [o for o in model.get_ordered_ops() if o.get_friendly_name() in wanted]:
+        for quantizer in quantizers(product):
+            ends = [np.array(quantizer.input_value(i).get_node().data) for i in (1, 2)]
+            step = max(float(np.abs(e).max()) for e in ends) / TOP
+            for i in range(1, 5):
+                value = np.full([1] * len(quantizer.get_output_shape(0)), (TOP if i % 2 == 0 else -TOP - 1) * step,
+                                np.float32)
+                quantizer.input(i).replace_source_output(opset.constant(value).output(0))
+
+
+def quantizers(product: Any) -> Iterator[Any]:
+    """The FakeQuantize operators behind both inputs of a product."""
+    for i in range(2):
+        node = product.input_value(i).get_node()
+        while node.get_type_name() in MOVED:
+            node = node.input_value(0).get_node()
+        if node.get_type_name() == "FakeQuantize":
+            yield node
+
+
+def _unbiased(fused: Any) -> bool:
+    return fused.get_input_size() < 4 or _scalar(fused, 3) == 0
+
+
+def _scalar(fused: Any, i: int) -> float | None:
+    """The value of a constant input of one element."""
+    node = fused.input_value(i).get_node()
+    data = np.array(node.data) if node.get_type_name() == "Constant" else np.empty(0)
+    return float(data.item()) if data.size == 1 else None
