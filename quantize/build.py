@@ -204,7 +204,7 @@ class _Pair:
         in_float, attention = try_attention(frozenset(tool.attention()), measure, trials, ratio, self.stage.report)
         fixed |= in_float
         search = Search([n for n in layers if n not in floats], measure, self.stage.images, trials, self.gate,
-                        self.stage.seconds, f"{key}-{self.format}", self.stage.report, ratio)
+                        self.stage.seconds, f"{key}-{self.format}-{len(in_float)}", self.stage.report, ratio)
         found = search.run()
         if not found.measured["all"]["mean"] >= self.gate:
             remove(path)

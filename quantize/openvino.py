@@ -16,6 +16,7 @@ from openvino import opset13 as opset
 
 from pocketsam.export.openvino import MODEL_FILE, save
 from pocketsam.quantize.openvino_attention import global_attention, make_signed, spell_out
+from pocketsam.quantize.openvino_ranges import set_range
 from pocketsam.quantize.recipes import Job, narrow_grid
 from pocketsam.quantize.tables import in_8_bits, is_table
 
@@ -187,10 +188,7 @@ def _narrow(quantizer: Any, span: Range) -> None:
     from pocketsam.quantize.ranges import UINT8, affine
 
     scale, zero = affine(*span)
-    ends = (-zero * scale, (UINT8 - zero) * scale)
-    for i in range(1, 5):
-        value = np.full([1] * len(quantizer.input_value(i).get_shape()), ends[(i - 1) % 2], np.float32)
-        quantizer.input(i).replace_source_output(opset.constant(value).output(0))
+    set_range(quantizer, -zero * scale, (UINT8 - zero) * scale)
 
 
 def _flatten(operator: Any) -> None:

@@ -9,11 +9,12 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as opset
 
+from pocketsam.quantize.openvino_ranges import set_range
+
 # Keys from which it pays; the windows of other models are small and quick (docs/adr/0006).
 GLOBAL = 1024
 # What may stand between a rounded tensor and the product that reads it.
 MOVED = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "VariadicSplit", "Slice", "StridedSlice")
-TOP = 127
 LOGITS = "/logits"
 
 
@@ -33,8 +34,11 @@ def spell_out(model: ov.Model, names: Iterable[str]) -> list[str]:
     wanted, made = set(names), []
     for fused in [o for o in model.get_ordered_ops() if o.get_friendly_name() in wanted]:
         q, k, v = (fused.input_value(i) for i in range(3))
-        scale = _scalar(fused, 4) if fused.get_input_size() > 4 else q.get_shape()[-1] ** -0.5
-        logits = opset.matmul(q if scale == 1 else opset.multiply(q, np.float32(scale)), k, False, True)
+        if fused.get_input_size() <= 4:
+            q = opset.multiply(q, np.float32(q.get_shape()[-1] ** -0.5))
+        elif _scalar(fused, 4) != 1:
+            q = opset.multiply(q, fused.input_value(4))
+        logits = opset.matmul(q, k, False, True)
         logits.set_friendly_name(fused.get_friendly_name() + LOGITS)
         mixed = opset.matmul(opset.softmax(logits, -1), v, False, False)
         mixed.set_friendly_name(fused.get_friendly_name())
@@ -45,15 +49,14 @@ def spell_out(model: ov.Model, names: Iterable[str]) -> list[str]:
 
 def make_signed(model: ov.Model, names: Iterable[str]) -> None:
     """Give what these products read a signed range around zero: with any other OpenVINO computes them in float."""
+    from pocketsam.quantize.grid import INT8
+
     wanted = set(names)
     for product in [o for o in model.get_ordered_ops() if o.get_friendly_name() in wanted]:
         for quantizer in quantizers(product):
             ends = [np.array(quantizer.input_value(i).get_node().data) for i in (1, 2)]
-            step = max(float(np.abs(e).max()) for e in ends) / TOP
-            for i in range(1, 5):
-                value = np.full([1] * len(quantizer.get_output_shape(0)), (TOP if i % 2 == 0 else -TOP - 1) * step,
-                                np.float32)
-                quantizer.input(i).replace_source_output(opset.constant(value).output(0))
+            step = max(float(np.abs(e).max()) for e in ends) / INT8
+            set_range(quantizer, -(INT8 + 1) * step, INT8 * step)
 
 
 def quantizers(product: Any) -> Iterator[Any]:
