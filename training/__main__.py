@@ -21,6 +21,7 @@ from pocketsam.training.graft import graft
 from pocketsam.training.loop import LOG
 from pocketsam.training.packs import build_cache
 from pocketsam.training.presets import PRESETS
+from pocketsam.training.ranking import rank
 from pocketsam.training.ship import load_weights, ship
 from pocketsam.training.teach import open_taught, teach
 
@@ -52,6 +53,12 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _ship(args: argparse.Namespace) -> None:
     print(f"{args.out}: {ship(args.source, args.out):,} bytes")
+
+
+def _rank(args: argparse.Namespace) -> None:
+    before, after = rank(args.source, args.data, args.out, args.batches, args.seed)
+    for name, x in (("before", before), ("after", after)):
+        print(f"{name}: ranked first {x.ranked:.3f}, best of three {x.oracle:.3f}, pearson {x.pearson:.3f}")
 
 
 def _teach(args: argparse.Namespace) -> None:
@@ -86,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("source", type=Path, help="the run's folder")
     p.add_argument("out", type=Path)
     p.set_defaults(run=_ship)
+    p = commands.add_parser("rank", help="fit the head that predicts IoU anew, once masks are final; masks stay")
+    p.add_argument("source", type=Path, help="a run's folder or a .safetensors file")
+    p.add_argument("out", type=Path, help="fp16 safetensors, as ship writes them")
+    p.add_argument("--data", type=Path, nargs="+", required=True, help="packs that it was trained on")
+    p.add_argument("--batches", type=int, default=700, help="of 96 answers that the head is fitted to")
+    p.add_argument("--seed", type=int, default=0)
+    p.set_defaults(run=_rank)
     p = commands.add_parser("curves", help="draw a run's log as a PNG")
     p.add_argument("source", type=Path, help="the run's folder")
     p.add_argument("out", type=Path)

@@ -38,8 +38,16 @@ def ship(run: Path, out: Path) -> int:
     Raises:
         ValueError: a weight does not survive fp16.
     """
-    state = {k: v for k, v in averaged_state(run).items() if not k.endswith(COUNTERS)}
-    half = {k: v.half().contiguous() for k, v in state.items()}
+    return write_half(averaged_state(run), out)
+
+
+def write_half(state: dict[str, Tensor], out: Path) -> int:
+    """Write weights as fp16 safetensors; returns the file's bytes.
+
+    Raises:
+        ValueError: a weight does not survive fp16.
+    """
+    half = {k: v.half().contiguous() for k, v in state.items() if not k.endswith(COUNTERS)}
     for key, value in half.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"{key} leaves the range of fp16")
