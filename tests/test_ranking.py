@@ -6,36 +6,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawn import SIZE, toy
+from drawn import SIZE, generator, toy
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pocketsam.builtin import checkpoint_for
+from pocketsam.labelled import read_pack
 from pocketsam.models.mask_decoder import Mlp
-from pocketsam.training.packs import Cache
-from pocketsam.training.ranking import Answers, collect, fit_ranking, rank, standing
+from pocketsam.training.ranking import Answers, fit_ranking, photo_answers, rank, standing
 
 pytestmark = pytest.mark.usefixtures("gradients")
 HEAD = "mask_decoder.iou_prediction_head."
 
 
-def test_answers_are_those_of_the_model(drawn_cache: Cache) -> None:
-    model = toy(SIZE)
-    answers, again = (collect(model, drawn_cache, 2, 0, False) for _ in range(2))
-    assert torch.equal(answers.tokens, again.tokens)
-    assert torch.equal(answers.iou, again.iou)
-    assert answers.tokens.shape == (2 * 2 * 48, 64)
-    assert answers.iou.shape == (2 * 2 * 48, 4)
-    assert 0 < float(answers.iou.mean()) < 1
-    first, second = answers.ambiguous.reshape(2, 2, 48).unbind(1)
-    assert 0.4 < float(first.float().mean()) < 0.9
-    assert not second.any()
+def test_answers_are_those_of_the_model(drawn_pack: Path) -> None:
+    model, sample = toy(SIZE), next(iter(read_pack(drawn_pack)))
+    (tokens, iou, ambiguous), again = (photo_answers(model, sample, generator()) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip((tokens, iou, ambiguous), again, strict=True))
+    # Two regions, four prompts each.
+    assert tokens.shape == (8, 64)
+    assert iou.shape == (8, 4)
+    assert 0 < float(iou.mean()) < 1
+    assert ambiguous.tolist() == [True, True, False, False, True, True, False, False]
     seen: list[Tensor] = []
     handle = model.mask_decoder.register_forward_hook(lambda *x: seen.append(x[-1][1]))
-    collect(model, drawn_cache, 2, 0, False)
+    photo_answers(model, sample, generator())
     handle.remove()
-    torch.testing.assert_close(model.mask_decoder.iou_prediction_head(answers.tokens), torch.cat(seen))
-    assert not torch.equal(collect(model, drawn_cache, 2, 0, True).iou, answers.iou)
+    torch.testing.assert_close(model.mask_decoder.iou_prediction_head(tokens), torch.cat(seen))
 
 
 def test_a_head_learns_to_rank() -> None:
@@ -44,7 +41,8 @@ def test_a_head_learns_to_rank() -> None:
 
     def made(rows: int) -> Answers:
         tokens = torch.randn(rows, 64)
-        return Answers(tokens, truth(tokens).sigmoid().detach(), torch.rand(rows) < 0.5)
+        return Answers(tokens, truth(tokens).sigmoid().detach(), torch.rand(rows) < 0.5,
+                       torch.ones(rows))
 
     head = Mlp(64, 64, 4)
     kept = [p.clone() for p in head.parameters()]
@@ -60,7 +58,7 @@ def test_a_head_learns_to_rank() -> None:
 
 def test_only_the_head_changes(drawn_pack: Path, tmp_path: Path) -> None:
     weights = checkpoint_for("lite0", None)
-    rank(weights, [drawn_pack], tmp_path / "ranked.safetensors", 1)
+    rank(weights, [drawn_pack], tmp_path / "ranked.safetensors", workers=1)
     before, after = load_file(weights), load_file(tmp_path / "ranked.safetensors")
     assert before.keys() == after.keys()
     changed = {k for k in before if not torch.equal(before[k], after[k])}

@@ -56,9 +56,9 @@ def _ship(args: argparse.Namespace) -> None:
 
 
 def _rank(args: argparse.Namespace) -> None:
-    before, after = rank(args.source, args.data, args.out, args.batches, args.seed)
-    for name, x in (("before", before), ("after", after)):
-        print(f"{name}: ranked first {x.ranked:.3f}, best of three {x.oracle:.3f}, pearson {x.pearson:.3f}")
+    for name, x in zip(("before", "after"), rank(args.source, args.data, args.out, args.seed, args.workers),
+                       strict=True):
+        print(f"{name}: ranked first {x.ranked:.3f}, best of three {x.oracle:.3f}, pearson {x.pearson or 0:.3f}")
 
 
 def _teach(args: argparse.Namespace) -> None:
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("source", type=Path, help="a run's folder or a .safetensors file")
     p.add_argument("out", type=Path, help="fp16 safetensors, as ship writes them")
     p.add_argument("--data", type=Path, nargs="+", required=True, help="packs that it was trained on")
-    p.add_argument("--batches", type=int, default=700, help="of 96 answers that the head is fitted to")
+    p.add_argument("--workers", type=int, default=2, help="processes that collect answers")
     p.add_argument("--seed", type=int, default=0)
     p.set_defaults(run=_rank)
     p = commands.add_parser("curves", help="draw a run's log as a PNG")

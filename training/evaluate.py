@@ -99,20 +99,15 @@ def region_masks(sample: Labelled, most: int | None, generator: torch.Generator)
 
 
 def _evaluate_image(model: SegmentAnything, spec: ModelSpec, sample: Labelled, masks: Tensor) -> list[Region]:
-    device = next(model.parameters()).device
-    frame = Frame.of(sample.image.shape[0], sample.image.shape[1], spec)
-    pixels = torch.from_numpy(to_model_image(sample.image, frame, spec)).to(device)
-    features = model.encode(model.normalize(pixels))
-    truth = masks.to(device)
-    scale = torch.tensor([frame.content_width / frame.width, frame.content_height / frame.height], device=device)
-    boxes = boxes_of(truth).reshape(-1, 2, 2) * scale
-    centres = torch.stack([centre_point(m) for m in truth]) * scale
+    truth = masks.to(next(model.parameters()).device)
+    frame, features = embedded(model, spec, sample)
+    boxes = boxes_of(truth).reshape(-1, 2, 2) * scale_of(frame, truth)
+    centres = torch.stack([centre_point(m) for m in truth]) * scale_of(frame, truth)
 
-    logits, scores = _answer(model, features, _prompts(boxes, (2.0, 3.0)), None)
+    logits, scores = answer_to(model, features, prompts_of(boxes, (2.0, 3.0)), None)
     box_iou, box_score = mask_iou(to_image(logits[:, 0], frame), truth), scores[:, 0]
-    padded = torch.stack([centres, torch.zeros_like(centres)], 1)
-    prompts = _prompts(padded, (1.0, PADDING_POINT), ambiguous=True)
-    logits, scores = _answer(model, features, prompts, None)
+    prompts = point_prompts(centres)
+    logits, scores = answer_to(model, features, prompts, None)
     ious = mask_iou(to_image(logits[:, 1:].flatten(0, 1), frame).reshape(-1, 3, *truth.shape[1:]), truth[:, None])
     first = scores[:, 1:].argmax(1, keepdim=True)
     ranked, point_score = ious.gather(1, first)[:, 0], scores[:, 1:].gather(1, first)[:, 0]
@@ -122,38 +117,73 @@ def _evaluate_image(model: SegmentAnything, spec: ModelSpec, sample: Labelled, m
     return [Region(sample.source, *values) for values in torch.stack(columns, 1).tolist()]
 
 
+def embedded(model: SegmentAnything, spec: ModelSpec, sample: Labelled) -> tuple[Frame, Features]:
+    """Where the photo lies in the model frame, and its features."""
+    frame = Frame.of(sample.image.shape[0], sample.image.shape[1], spec)
+    pixels = torch.from_numpy(to_model_image(sample.image, frame, spec)).to(next(model.parameters()).device)
+    return frame, model.encode(model.normalize(pixels))
+
+
+def scale_of(frame: Frame, like: Tensor) -> Tensor:
+    """(2,) model pixels a photo pixel, XY, on the device of ``like``."""
+    return torch.tensor([frame.content_width / frame.width, frame.content_height / frame.height], device=like.device)
+
+
+def point_prompts(points: Tensor) -> Prompts:
+    """A lone click at each of (M, 2), with its padding point."""
+    return prompts_of(torch.stack([points, torch.zeros_like(points)], 1), (1.0, PADDING_POINT), ambiguous=True)
+
+
 def _click(model: SegmentAnything, features: Features, prompts: Prompts, mask: Tensor, truth: Tensor,
            frame: Frame) -> Tensor:
     """IoU (M,) after three clicks, each in the middle of the thickest error of the last answer.
 
     Errors are looked for at the decoder's resolution: quicker, and finer errors are not worth a click.
     """
-    m = mask.shape[-1]
-    cell = frame.size / m
-    small = (round(frame.content_height / cell), round(frame.content_width / cell))
-    target = torch.zeros_like(mask, dtype=torch.bool)
-    target[:, :small[0], :small[1]] = F.interpolate(truth[None].float(), small, mode="area")[0] > 0.5
-    # The padding point belongs to the lone first click.
-    prompts = replace(prompts, labels=torch.where(prompts.labels == PADDING_POINT, EMPTY_SLOT, prompts.labels))
+    target = small_target(truth, frame, mask.shape[-1])
     for _ in range(CLICKS):
-        error = (mask > 0) ^ target
-        error = torch.where(error.flatten(1).any(1)[:, None, None], error, target)
-        points = centre_points(error)
-        column, row = points.long().unbind(1)
-        labels = target[torch.arange(len(target), device=target.device), row, column].float()
-        prompts = prompts.clicked(points * cell, labels)
-        logits, _ = _answer(model, features, prompts, mask)
-        mask = logits[:, 0]
+        prompts = corrected(prompts, mask, target, frame.size)
+        mask = answer_to(model, features, prompts, mask)[0][:, 0]
     return mask_iou(to_image(mask, frame), truth)
 
 
-def _prompts(coords: Tensor, labels: Sequence[float], ambiguous: bool = False) -> Prompts:
+def small_target(truth: Tensor, frame: Frame, side: int) -> Tensor:
+    """Bool (M, H, W) in the photo -> (M, side, side) in the model frame, true where most of a pixel is covered."""
+    cell = frame.size / side
+    small = (round(frame.content_height / cell), round(frame.content_width / cell))
+    target = torch.zeros(len(truth), side, side, dtype=torch.bool, device=truth.device)
+    target[:, :small[0], :small[1]] = F.interpolate(truth[None].float(), small, mode="area")[0] > 0.5
+    return target
+
+
+def corrected(prompts: Prompts, mask: Tensor, target: Tensor, size: int) -> Prompts:
+    """The prompts with a click in the middle of the thickest error.
+
+    Args:
+        mask: logits (M, h, w) of the last answer.
+        target: bool (M, h, w).
+        size: S.
+    """
+    error = (mask > 0) ^ target
+    error = torch.where(error.flatten(1).any(1)[:, None, None], error, target)
+    points = centre_points(error)
+    column, row = points.long().unbind(1)
+    labels = target[torch.arange(len(target), device=target.device), row, column].float()
+    # The padding point belongs to a lone click.
+    alone = replace(prompts, labels=torch.where(prompts.labels == PADDING_POINT, EMPTY_SLOT, prompts.labels))
+    return alone.clicked(points * (size / target.shape[-1]), labels)
+
+
+def prompts_of(coords: Tensor, labels: Sequence[float], ambiguous: bool = False) -> Prompts:
+    """The same labels for every row of coordinates (M, N, 2)."""
     rows = len(coords)
     values = torch.tensor(labels, device=coords.device).expand(rows, -1)
     return Prompts(coords, values, torch.full((rows,), ambiguous, device=coords.device))
 
 
-def _answer(model: SegmentAnything, features: Features, prompts: Prompts, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def answer_to(model: SegmentAnything, features: Features, prompts: Prompts,
+              mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits (M, 4, h, w) and scores (M, 4) for M prompts on one image, with the previous logits (M, h, w) fed back."""
     return answer(model, {k: v.expand(len(prompts.coords), -1, -1, -1) for k, v in features.items()}, prompts, mask)
 
 

@@ -7,36 +7,48 @@ answers are collected once and the head alone is fitted in minutes. No mask chan
 from __future__ import annotations
 
 import copy
+import functools
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pocketsam.labelled import Labelled, Stored, read_stored
 from pocketsam.models.sam import SegmentAnything
-from pocketsam.training.augment import Augment
-from pocketsam.training.batches import Batch, image_weights, make_batch
-from pocketsam.training.distance import centre_points
-from pocketsam.training.evaluate import pearson
-from pocketsam.training.feed import Feed, seeded
+from pocketsam.training.batches import boxes_of
+from pocketsam.training.distance import centre_point
+from pocketsam.training.evaluate import (
+    answer_to,
+    corrected,
+    embedded,
+    pearson,
+    point_prompts,
+    prompts_of,
+    region_masks,
+    scale_of,
+    small_target,
+)
+from pocketsam.training.feed import seeded
 from pocketsam.training.losses import mask_iou
-from pocketsam.training.packs import Cache, build_cache
-from pocketsam.training.prompts import FOREGROUND, Prompts, correction_clicks, first_prompts
-from pocketsam.training.rounds import answer, chosen_logits, encode, repeat
+from pocketsam.training.prompts import Prompts
+from pocketsam.training.rounds import chosen_logits
 from pocketsam.training.ship import load_weights, write_half
 
-IMAGES, PROMPTS = 4, 12
-BOX_RATE = 1 / 3
-CENTRE_RATE = 0.5
-# Of all images, those whose answers only judge the fit.
-HELD_OUT = 8
-MOSTLY_WHOLE = Augment(whole=0.7, flip=0.5)
-# Scores this far apart are told apart by the loss on ranking.
-TEMPERATURE = 0.1
-BATCH, STEPS, WARMUP, RATE, DECAY = 2048, 600, 100, 1e-3, 0.01
+REGIONS = 10
+# Of all photos, those whose answers only judge the fit.
+HELD_OUT = 16
+BATCH, STEPS, WARMUP, RATE, DECAY = 2048, 600, 50, 1e-3, 0.01
+# Weight of the loss on ranking, and the difference of scores that it sees.
+RANKING, TEMPERATURE = 0.3, 0.05
+# Added to what the head reads, in standard deviations, because a photo gives many similar answers.
+NOISE = 0.3
 
 
 @dataclass(frozen=True)
@@ -47,11 +59,13 @@ class Answers:
         tokens: float32 (K, C), the IoU token in front of the head.
         iou: float32 (K, 4), true IoU of each mask at the decoder's resolution.
         ambiguous: bool (K,), a single point.
+        weights: float32 (K,), how often to draw each.
     """
 
     tokens: Tensor
     iou: Tensor
     ambiguous: Tensor
+    weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -64,80 +78,115 @@ class Standing:
     pearson: float | None
 
 
-def rank(weights: Path, packs: Sequence[Path], out: Path, batches: int, seed: int = 0) -> tuple[Standing, Standing]:
+def rank(weights: Path, packs: Sequence[Path], out: Path, seed: int = 0, workers: int = 2,
+         limit: int | None = None) -> tuple[Standing, Standing]:
     """Fit the head of some weights and write them, otherwise unchanged, as ``ship`` does.
 
+    Args:
+        weights: a run's folder or a ``.safetensors`` file.
+        packs: what they were trained on.
+        workers: processes.
+        limit: at most this many photos of each pack, spread evenly.
+
     Returns:
-        The standing on held-out images of the packs before and after.
+        The standing on held-out photos of the packs before and after.
 
     Raises:
         ValueError: the weights are not lite0's.
     """
     model = load_weights(weights)
-    cache = build_cache(packs, model.spec.image_size)
-    judged = collect(model, cache, max(1, batches // HELD_OUT), seed, True)
-    answers = collect(model, cache, batches, seed, False)
+    fitted, judged = collect(weights, packs, seed, workers, limit)
     before = model.mask_decoder.iou_prediction_head
-    after = model.mask_decoder.iou_prediction_head = fit_ranking(before, answers, seed)
+    after = model.mask_decoder.iou_prediction_head = fit_ranking(before, fitted, seed)
     write_half(model.state_dict(), out)
     return standing(before, judged), standing(after, judged)
 
 
-@torch.no_grad()
-def collect(model: SegmentAnything, cache: Cache, batches: int, seed: int, held_out: bool) -> Answers:
-    """Prompt a model with the regions of packs: a box or a point, then one corrective click.
+def collect(weights: Path, packs: Sequence[Path], seed: int = 0, workers: int = 2,
+            limit: int | None = None) -> tuple[Answers, Answers]:
+    """The answers to fit a head to, and those of every sixteenth photo to judge it by.
 
-    Args:
-        model: its weights and mode are left as they are.
-        cache: images at the model's own input side.
-        batches: of 48 regions, images drawn as in training.
-        seed: of the draw.
-        held_out: every eighth image, or all but those.
+    Sources count with the square root of their answers, as in training.
     """
-    weights = image_weights(cache)
-    chosen = torch.arange(len(weights)) % HELD_OUT == 0
-    weights[chosen != held_out] = 0
-    size, tokens = model.spec.image_size, []
-    rows: list[tuple[Tensor, Tensor]] = []
-    handle = model.mask_decoder.iou_prediction_head.register_forward_pre_hook(lambda _, x: tokens.append(x[0]))
-    feed = Feed(lambda i: make_batch(cache, weights, IMAGES, PROMPTS, size, MOSTLY_WHOLE,
-                                     seeded("cpu", seed, i, str(held_out))), 1)
+    stored = [s for path in packs for s in read_stored(path, limit=limit)]
+    work = functools.partial(_stored_answers, weights, seed)
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    # Forked processes would share the locks of torch's threads.
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for row in pool.map(work, range(len(stored)), stored, chunksize=4):
+            rows.append(row)
+            if len(rows) % 200 == 0:
+                print(f"{len(rows)} of {len(stored)} photos", flush=True)
+    counts: Counter[str] = Counter()
+    for photo, row in zip(stored, rows, strict=True):
+        counts[photo.row["source"]] += len(row[0])
+    parts = [(*row, torch.full((len(row[0]),), max(1, counts[photo.row["source"]]) ** -0.5))
+             for photo, row in zip(stored, rows, strict=True)]
+    judging = set(range(0, len(parts), HELD_OUT))
+    return (_joined([p for i, p in enumerate(parts) if i not in judging]),
+            _joined([p for i, p in enumerate(parts) if i in judging]))
+
+
+def _joined(parts: Sequence[tuple[Tensor, ...]]) -> Answers:
+    return Answers(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _stored_answers(weights: Path, seed: int, index: int, stored: Stored) -> tuple[Tensor, Tensor, Tensor]:
+    return photo_answers(_opened(weights), stored.decode(), seeded("cpu", seed, index))
+
+
+@functools.cache
+def _opened(weights: Path) -> SegmentAnything:
+    """One model and one thread a process."""
+    torch.set_num_threads(1)
+    return load_weights(weights)
+
+
+@torch.no_grad()
+def photo_answers(model: SegmentAnything, sample: Labelled,
+                  generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompt with ten regions of any layer: a click in the middle, one anywhere, a box, a corrective second click.
+
+    Returns:
+        What :class:`Answers` holds, without the weights.
+    """
+    truth = region_masks(sample, REGIONS, generator)
+    frame, features = embedded(model, model.spec, sample)
+    target = small_target(truth, frame, model.spec.mask_size)
+    seen = target.flatten(1).any(1)
+    truth, target = truth[seen], target[seen]
+    if not len(truth):
+        return torch.zeros(0, model.spec.embed_dim), torch.zeros(0, 4), torch.zeros(0, dtype=torch.bool)
+    tokens: list[Tensor] = []
+    iou: list[Tensor] = []
+    ambiguous: list[Tensor] = []
+
+    def ask(prompts: Prompts, mask: Tensor | None) -> Tensor:
+        logits, scores = answer_to(model, features, prompts, mask)
+        iou.append(mask_iou(logits, target[:, None].expand_as(logits)))
+        ambiguous.append(prompts.ambiguous)
+        return chosen_logits(logits, scores, prompts.ambiguous)
+
+    scale = scale_of(frame, truth)
+    middle, anywhere = (point_prompts(torch.stack([at(m) for m in truth]) * scale)
+                        for at in (centre_point, functools.partial(_point_in, generator=generator)))
+    head = model.mask_decoder.iou_prediction_head
+    handle = head.register_forward_pre_hook(lambda _, x: tokens.append(x[0].flatten(0, -2)))
     try:
-        for i in range(batches):
-            batch = feed.get(i).batch(torch.device("cpu"))
-            rows += _answers(model, batch, seeded("cpu", seed, i, "prompts"))
-            if (i + 1) % 50 == 0:
-                print(f"{i + 1} of {batches} batches", flush=True)
+        mask = ask(middle, None)
+        ask(corrected(middle, mask, target, frame.size), mask)
+        ask(anywhere, None)
+        ask(prompts_of(boxes_of(truth).reshape(-1, 2, 2) * scale, (2.0, 3.0)), None)
     finally:
         handle.remove()
-        feed.close()
-    iou, ambiguous = zip(*rows, strict=True)
-    return Answers(torch.cat([t.flatten(0, -2) for t in tokens]), torch.cat(iou), torch.cat(ambiguous))
+    return torch.cat(tokens), torch.cat(iou), torch.cat(ambiguous)
 
 
-def _answers(model: SegmentAnything, batch: Batch, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
-    """True IoU (M, 4) and whether the prompt was ambiguous (M,), for both rounds."""
-    size = batch.images.shape[-1]
-    features = repeat(encode(model, batch.images, batch.valid), PROMPTS)
-    prompts = _some_at_centre(first_prompts(batch.targets, batch.boxes, size, generator, BOX_RATE), batch.targets,
-                              size, generator)
-    rows, mask = [], None
-    for round_ in range(2):
-        logits, scores = answer(model, features, prompts, mask)
-        rows.append((mask_iou(logits, batch.targets[:, None].expand_as(logits)), prompts.ambiguous))
-        if round_ == 0:
-            mask = chosen_logits(logits, scores, prompts.ambiguous)
-            prompts = prompts.clicked(*correction_clicks(mask, batch.targets, size, generator))
-    return rows
-
-
-def _some_at_centre(prompts: Prompts, targets: Tensor, size: int, generator: torch.Generator) -> Prompts:
-    """Half of the points farthest from the boundary, where people click and ``evaluate`` does."""
-    centres = centre_points(targets > FOREGROUND) * (size / targets.shape[-1])
-    moved = torch.rand(len(targets), 1, generator=generator) < CENTRE_RATE
-    coords = prompts.coords.clone()
-    coords[:, -1] = torch.where(moved, centres, coords[:, -1])
-    return replace(prompts, coords=coords)
+def _point_in(mask: Tensor, generator: torch.Generator) -> Tensor:
+    """XY (2,) of a random pixel's centre."""
+    inside = mask.flatten().nonzero()[:, 0]
+    i = int(inside[torch.randint(len(inside), (), generator=generator)])
+    return torch.tensor([i % mask.shape[1] + 0.5, i // mask.shape[1] + 0.5])
 
 
 def fit_ranking(head: nn.Module, answers: Answers, seed: int = 0, steps: int = STEPS) -> nn.Module:
@@ -147,17 +196,19 @@ def fit_ranking(head: nn.Module, answers: Answers, seed: int = 0, steps: int = S
     scores instead of chosen by the truth.
     """
     torch.manual_seed(seed)
+    spread = answers.tokens.std(0)
     fitted = copy.deepcopy(head).requires_grad_(True)
     optimizer = torch.optim.AdamW(fitted.parameters(), lr=RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1, (i + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * i / steps)))
     for _ in range(steps):
-        rows = torch.randint(len(answers.tokens), (BATCH,))
-        scores, iou = fitted(answers.tokens[rows]), answers.iou[rows]
+        rows = torch.multinomial(answers.weights, BATCH, replacement=True)
+        tokens = answers.tokens[rows]
+        scores, iou = fitted(tokens + NOISE * spread * torch.randn_like(tokens)), answers.iou[rows]
         points = answers.ambiguous[rows]
         three = iou[points, 1:]
         drawn = ((scores[points, 1:] / TEMPERATURE).softmax(1) * three).sum(1)
-        loss = F.mse_loss(scores, iou) + (three.amax(1) - drawn).mean()
+        loss = F.mse_loss(scores, iou) + RANKING * (three.amax(1) - drawn).mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         optimizer.step()
