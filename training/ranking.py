@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pocketsam.labelled import Labelled, Stored, read_stored
+from pocketsam.models.mask_decoder import Mlp
 from pocketsam.models.sam import SegmentAnything
 from pocketsam.training.batches import boxes_of
 from pocketsam.training.distance import centre_point
@@ -189,7 +190,7 @@ def _point_in(mask: Tensor, generator: torch.Generator) -> Tensor:
     return torch.tensor([i % mask.shape[1] + 0.5, i // mask.shape[1] + 0.5])
 
 
-def fit_ranking(head: nn.Module, answers: Answers, seed: int = 0, steps: int = STEPS) -> nn.Module:
+def fit_ranking(head: Mlp, answers: Answers, seed: int = 0, steps: int = STEPS) -> Mlp:
     """A copy of a head, fitted to predict each mask's IoU and to rank masks 1 to 3 of single points.
 
     The loss is the squared error of all four, plus what is lost when a point's mask is drawn by the softmax of its
@@ -210,14 +211,14 @@ def fit_ranking(head: nn.Module, answers: Answers, seed: int = 0, steps: int = S
         drawn = ((scores[points, 1:] / TEMPERATURE).softmax(1) * three).sum(1)
         loss = F.mse_loss(scores, iou) + RANKING * (three.amax(1) - drawn).mean()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        loss.backward()
         optimizer.step()
         schedule.step()
     return fitted.requires_grad_(False)
 
 
 @torch.no_grad()
-def standing(head: nn.Module, answers: Answers) -> Standing:
+def standing(head: Mlp, answers: Answers) -> Standing:
     """Judge a head on answers that it was not fitted to."""
     scores, points = head(answers.tokens), answers.ambiguous
     first = torch.where(points, 1 + scores[:, 1:].argmax(1), 0)[:, None]
