@@ -101,8 +101,9 @@ def region_masks(sample: Labelled, most: int | None, generator: torch.Generator)
 def _evaluate_image(model: SegmentAnything, spec: ModelSpec, sample: Labelled, masks: Tensor) -> list[Region]:
     truth = masks.to(next(model.parameters()).device)
     frame, features = embedded(model, spec, sample)
-    boxes = boxes_of(truth).reshape(-1, 2, 2) * scale_of(frame, truth)
-    centres = torch.stack([centre_point(m) for m in truth]) * scale_of(frame, truth)
+    scale = scale_of(frame, truth)
+    boxes = boxes_of(truth).reshape(-1, 2, 2) * scale
+    centres = torch.stack([centre_point(m) for m in truth]) * scale
 
     logits, scores = answer_to(model, features, prompts_of(boxes, (2.0, 3.0)), None)
     box_iou, box_score = mask_iou(to_image(logits[:, 0], frame), truth), scores[:, 0]

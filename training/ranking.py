@@ -79,15 +79,14 @@ class Standing:
     pearson: float | None
 
 
-def rank(weights: Path, packs: Sequence[Path], out: Path, seed: int = 0, workers: int = 2,
-         limit: int | None = None) -> tuple[Standing, Standing]:
+def rank(weights: Path, packs: Sequence[Path], out: Path, seed: int = 0,
+         workers: int = 2) -> tuple[Standing, Standing]:
     """Fit the head of some weights and write them, otherwise unchanged, as ``ship`` does.
 
     Args:
         weights: a run's folder or a ``.safetensors`` file.
         packs: what they were trained on.
         workers: processes.
-        limit: at most this many photos of each pack, spread evenly.
 
     Returns:
         The standing on held-out photos of the packs before and after.
@@ -96,20 +95,19 @@ def rank(weights: Path, packs: Sequence[Path], out: Path, seed: int = 0, workers
         ValueError: the weights are not lite0's.
     """
     model = load_weights(weights)
-    fitted, judged = collect(weights, packs, seed, workers, limit)
+    fitted, judged = collect(weights, packs, seed, workers)
     before = model.mask_decoder.iou_prediction_head
     after = model.mask_decoder.iou_prediction_head = fit_ranking(before, fitted, seed)
     write_half(model.state_dict(), out)
     return standing(before, judged), standing(after, judged)
 
 
-def collect(weights: Path, packs: Sequence[Path], seed: int = 0, workers: int = 2,
-            limit: int | None = None) -> tuple[Answers, Answers]:
+def collect(weights: Path, packs: Sequence[Path], seed: int = 0, workers: int = 2) -> tuple[Answers, Answers]:
     """The answers to fit a head to, and those of every sixteenth photo to judge it by.
 
     Sources count with the square root of their answers, as in training.
     """
-    stored = [s for path in packs for s in read_stored(path, limit=limit)]
+    stored = [s for path in packs for s in read_stored(path)]
     work = functools.partial(_stored_answers, weights, seed)
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     # Forked processes would share the locks of torch's threads.
@@ -123,9 +121,7 @@ def collect(weights: Path, packs: Sequence[Path], seed: int = 0, workers: int = 
         counts[photo.row["source"]] += len(row[0])
     parts = [(*row, torch.full((len(row[0]),), max(1, counts[photo.row["source"]]) ** -0.5))
              for photo, row in zip(stored, rows, strict=True)]
-    judging = set(range(0, len(parts), HELD_OUT))
-    return (_joined([p for i, p in enumerate(parts) if i not in judging]),
-            _joined([p for i, p in enumerate(parts) if i in judging]))
+    return _joined([p for i, p in enumerate(parts) if i % HELD_OUT]), _joined(parts[::HELD_OUT])
 
 
 def _joined(parts: Sequence[tuple[Tensor, ...]]) -> Answers:
