@@ -20,6 +20,7 @@ from pocketsam.training.__main__ import main
 from pocketsam.training.augment import Augment
 from pocketsam.training.curves import draw_curves
 from pocketsam.training.loop import CHECKPOINT, LOG, Phase, Recipe, Trainer, schedule
+from pocketsam.training.on_device import DeviceCache
 from pocketsam.training.packs import Cache
 from pocketsam.training.rounds import chosen_logits
 from pocketsam.training.ship import load_weights, ship
@@ -95,12 +96,34 @@ def test_resuming_continues_bit_for_bit(drawn_cache: Cache, tmp_path: Path) -> N
         assert torch.equal(whole.average[key], second.average[key]), key
 
 
-def test_batches_made_ahead_are_the_same(drawn_cache: Cache, tmp_path: Path) -> None:
-    ahead = Trainer(toy(), drawn_cache, RECIPE, tmp_path, workers=3)
-    now = Trainer(toy(), drawn_cache, RECIPE, tmp_path)
-    for step in range(5):
-        assert torch.equal(ahead.feed.get(step)[1].images, now.feed.get(step)[1].images)
-    ahead.feed.close()
+def test_a_gradient_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(drawn_cache: Cache,
+                                                                                 tmp_path: Path) -> None:
+    trainer = fresh(drawn_cache, tmp_path)
+    trainer.save()
+    trainer.loss = lambda model, *_: {"loss": torch.nan * model.mask_decoder.iou_token.weight.sum()}
+    with pytest.raises(FloatingPointError, match="not finite"):
+        trainer.run()
+    assert all(torch.isfinite(v).all() for v in load_weights(tmp_path).state_dict().values())
+
+
+def test_training_from_a_cache_on_the_device(drawn_cache: Cache, tmp_path: Path) -> None:
+    """As on a GPU: kernels are rehearsed without an update, and steps are the same again after resuming."""
+    def trainer(out: str) -> Trainer:
+        torch.manual_seed(0)
+        made = Trainer(toy(), drawn_cache, replace(RECIPE, steps=4), tmp_path / out)
+        made.near = DeviceCache(drawn_cache, torch.device("cpu"))
+        return made
+
+    whole, part = trainer("whole"), trainer("parts")
+    whole.run()
+    for _ in range(2):
+        part.train_step()
+    part.save()
+    rest = trainer("parts")
+    assert rest.step == 2
+    rest.run()
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, rest.model.state_dict()[key]), key
 
 
 def test_frozen_stages_keep_their_weights(drawn_cache: Cache, tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from drawn import PLAIN, SIZE, generator
 
 from pocketsam.labelled import read_pack
 from pocketsam.models.prompt_encoder import EMPTY_SLOT, PADDING_POINT
-from pocketsam.training.augment import Augment, cut_image, cut_labels, sample_window
-from pocketsam.training.batches import boxes_of, image_weights, make_batch
+from pocketsam.training.augment import Augment, Window, cut_image, cut_labels, sample_window
+from pocketsam.training.batches import LEAST_AREA, boxes_of, image_weights, make_batch
 from pocketsam.training.distance import centre_point, inner_distance
+from pocketsam.training.on_device import DeviceCache, cut_images, cut_label_maps
 from pocketsam.training.packs import Cache, nearest_index
 from pocketsam.training.prompts import correction_clicks, depth, first_prompts, jitter_boxes, sample_points
 
@@ -130,3 +131,41 @@ def test_the_centre_of_a_square_is_its_middle() -> None:
     mask[4:11, 10:17] = True
     assert centre_point(mask).tolist() == [13.5, 7.5]
     assert boxes_of(mask[None]).tolist() == [[10, 4, 17, 11]]
+
+
+def test_batches_made_on_the_device_show_what_single_cuts_show(drawn_cache: Cache) -> None:
+    """Every image of a batch against the window of the same place cut alone, enlarged and reduced."""
+    near = DeviceCache(drawn_cache, torch.device("cpu"))
+    augment = Augment(whole=0.2, min_zoom=0.5, max_zoom=2, stretch=1.5)
+    index = torch.arange(len(drawn_cache.images)).repeat(20)
+    windows = near._windows(index, SIZE, augment, generator())
+    pixels, valid = cut_images(near.images[index], windows, SIZE)
+    shown = cut_label_maps(near.labels, index, windows, SIZE)
+    for i, row in enumerate(torch.stack(list(vars(windows).values()), 1).tolist()):
+        alone = Window(*row[:6], flip=bool(row[6]), whole=bool(row[7]))
+        image, inside = cut_image(drawn_cache.images[index[i]], alone, SIZE)
+        assert torch.equal(valid[i], inside)
+        assert float((pixels[i] - image.float()).abs().max()) <= 1
+        assert float((pixels[i] != image.float()).float().mean()) < 0.01
+        assert torch.equal(shown[i], cut_labels(drawn_cache.labels[index[i]], alone, SIZE))
+    whole = windows.whole.nonzero()[:, 0]
+    assert 0 < len(whole) < len(index)
+    assert torch.equal(pixels[whole], drawn_cache.images[index[whole]].permute(0, 3, 1, 2).float())
+
+
+def test_device_batches_hold_visible_regions_with_tight_boxes(drawn_cache: Cache) -> None:
+    near = DeviceCache(drawn_cache, torch.device("cpu"))
+    batch = near.batch(8, 4, SIZE, Augment(min_zoom=0.5, colour=0, grey=0), generator())
+    again = near.batch(8, 4, SIZE, Augment(min_zoom=0.5, colour=0, grey=0), generator())
+    assert batch.images.shape == (8, 3, SIZE, SIZE)
+    assert batch.targets.shape == (32, SIZE // 4, SIZE // 4)
+    assert torch.equal(batch.images, again.images)
+    assert torch.equal(batch.boxes, again.boxes)
+    assert int((batch.targets > 0).flatten(1).sum(1).min()) >= LEAST_AREA
+    for target, (x0, y0, x1, y1) in zip(batch.targets, (batch.boxes / 4).tolist(), strict=True):
+        ys, xs = (target > 0).nonzero(as_tuple=True)
+        assert (int(xs.min()), int(ys.min())) == (int(x0), int(y0))
+        assert (int(xs.max()), int(ys.max())) == (math.ceil(x1) - 1, math.ceil(y1) - 1)
+    for shown, image in zip(batch.shown.tolist(), batch.images, strict=True):
+        if shown >= 0:
+            assert torch.equal(image, drawn_cache.images[shown].permute(2, 0, 1).float())

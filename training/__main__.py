@@ -136,7 +136,7 @@ def _add_fit(p: argparse.ArgumentParser) -> None:
     p.add_argument("--stop-after", type=float, help="save and stop after this many minutes; call again to continue")
     p.add_argument("--lr", type=float, help="peak learning rate instead of the preset's")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--workers", type=int, default=2, help="threads that decode packs and, on a GPU, make batches")
+    p.add_argument("--workers", type=int, default=2, help="threads that decode packs")
     p.add_argument("--teacher", help="distil from this model of the registry")
     p.add_argument("--taught", type=Path, help="distil from these embeddings, made by teach, instead")
     p.add_argument("--teacher-checkpoint", type=Path)

@@ -21,6 +21,7 @@ class Augment:
     Attributes:
         whole: probability of showing the whole image at its normal scale.
         min_zoom, max_zoom: otherwise the scale relative to that, log-uniform.
+        stretch: and the most that height and width are scaled apart, log-uniform; 1 keeps their ratio.
         flip: probability of a horizontal flip.
         colour: half-width of the brightness, contrast and saturation factors around 1.
         grey: probability of removing colour.
@@ -29,6 +30,7 @@ class Augment:
     whole: float = 0.4
     min_zoom: float = 0.7
     max_zoom: float = 2.0
+    stretch: float = 1.0
     flip: float = 0.5
     colour: float = 0.3
     grey: float = 0.05
@@ -65,17 +67,18 @@ def sample_window(content: tuple[int, int], cached: int, size: int, augment: Aug
         cached: side of the cache frame.
         size: side S of the model frame.
     """
-    zoom = 1.0
+    zooms = (1.0, 1.0)
     if uniform(generator) >= augment.whole:
-        zoom = math.exp(uniform(generator, math.log(augment.min_zoom), math.log(augment.max_zoom)))
-    side = cached / zoom
-    height, width = min(content[0], round(side)), min(content[1], round(side))
+        zoom = uniform(generator, math.log(augment.min_zoom), math.log(augment.max_zoom))
+        apart = math.log(augment.stretch) * uniform(generator, -0.5, 0.5) if augment.stretch > 1 else 0.0
+        zooms = (math.exp(zoom + apart), math.exp(zoom - apart))
+    height, width = (min(c, round(cached / z)) for c, z in zip(content, zooms, strict=True))
     top = int(uniform(generator) * (content[0] - height + 1))
     left = int(uniform(generator) * (content[1] - width + 1))
-    scale = size * zoom / cached
-    out_height, out_width = (min(size, max(1, int(v * scale + 0.5))) for v in (height, width))
+    out_height, out_width = (min(size, max(1, int(v * (size * z / cached) + 0.5)))
+                             for v, z in zip((height, width), zooms, strict=True))
     flip = uniform(generator) < augment.flip
-    return Window(top, left, height, width, out_height, out_width, flip, zoom == 1 and not flip)
+    return Window(top, left, height, width, out_height, out_width, flip, zooms == (1, 1) and not flip)
 
 
 def cut_image(image: Tensor, window: Window, size: int) -> tuple[Tensor, Tensor]:
@@ -110,9 +113,10 @@ def cut_labels(labels: Tensor, window: Window, size: int) -> Tensor:
 
 
 def colour_factors(images: int, augment: Augment, generator: torch.Generator) -> Tensor:
-    """Random brightness, contrast and saturation for B images, sometimes grey: float32 (3, B)."""
-    factors = 1 + augment.colour * (2 * torch.rand(3, images, generator=generator) - 1)
-    factors[2] *= (torch.rand(images, generator=generator) >= augment.grey).float()
+    """Random brightness, contrast and saturation for B images, sometimes grey: float32 (3, B), beside the generator."""
+    place = generator.device
+    factors = 1 + augment.colour * (2 * torch.rand(3, images, generator=generator, device=place) - 1)
+    factors[2] *= (torch.rand(images, generator=generator, device=place) >= augment.grey).float()
     return factors
 
 

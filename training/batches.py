@@ -55,7 +55,7 @@ class Batch:
         valid: float32 (B, 1, S, S), 0 where the image is padded.
         targets: float32 (B * P, S / 4, S / 4), the covered fraction of each pixel.
         boxes: float32 (B * P, 4), x0, y0, x1, y1 in the S x S frame.
-        shown: int64 (B,) on the CPU, the image's place in the cache, or -1 where it was cut, scaled or flipped.
+        shown: int64 (B,), the image's place in the cache, or -1 where it was cut, scaled or flipped.
     """
 
     images: Tensor

@@ -87,7 +87,7 @@ class StoredTeacher:
         self.shown = torch.empty(0, dtype=torch.long)
 
     def observe(self, batch: Batch) -> None:
-        self.shown = batch.shown
+        self.shown = batch.shown.cpu()
 
     def embedding_loss(self, features: Features) -> Tensor:
         """Mean square over the images that are shown whole, times their share of the batch."""

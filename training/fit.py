@@ -27,6 +27,8 @@ from pocketsam.training.teach import open_taught
 
 # Makes the attention to a token's own place about ten times the attention elsewhere.
 ALIGNED_GAIN = 2.0
+# Of the kernels that cuDNN knows for a convolution; trying ten takes a minute.
+KERNELS_TRIED = 4
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def fit(data: Sequence[Path], out: Path, preset: str, minutes: float, *, trunk: 
         initial: lite0 weights to start from instead.
         lr: peak learning rate instead of the preset's.
         seed: of initial weights, data and prompts.
-        workers: threads that decode the packs, and on a GPU make the batches.
+        workers: threads that decode the packs.
         teaching: distil from another model, or from embeddings that one made.
         stop_after: minutes after which to save and return, to be continued by the same call.
     """
@@ -114,7 +116,7 @@ def fit(data: Sequence[Path], out: Path, preset: str, minutes: float, *, trunk: 
                      bf16=chosen.recipe.bf16 and computes_bf16(device))
     cache = build_cache(data, chosen.cache, workers)
     spawn(chosen.processes, _train, cache, recipe, out, Start(initial, trunk), device, teaching, data,
-          workers if device == "cuda" else 0, stop_after)
+          stop_after)
 
 
 def computes_bf16(device: str) -> bool:
@@ -123,13 +125,12 @@ def computes_bf16(device: str) -> bool:
 
 
 def _train(cache: Cache, recipe: Recipe, out: Path, start: Start, device: str, teaching: Teaching | Stored | None,
-           data: Sequence[Path], workers: int, stop_after: float | None) -> None:
+           data: Sequence[Path], stop_after: float | None) -> None:
     place = torch.device(device)
     if place.type == "cuda":
-        # Every worker thread would otherwise start threads of its own.
-        torch.set_num_threads(1)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark_limit = KERNELS_TRIED
     model = start.model(recipe.seed).requires_grad_(True)
     model = model.to(place, memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     if recipe.quantized and teaching is not None:
@@ -137,4 +138,4 @@ def _train(cache: Cache, recipe: Recipe, out: Path, start: Start, device: str, t
     loss = partial(quantized_episode, weight=recipe.quantized) if recipe.quantized else episode
     if teaching is not None:
         loss = partial(episode, teacher=teaching.teacher(place, data))
-    Trainer(model, cache, recipe, out, loss, workers).run(stop_after=stop_after)
+    Trainer(model, cache, recipe, out, loss).run(stop_after=stop_after)

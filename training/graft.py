@@ -22,10 +22,10 @@ from pocketsam.models.sam import SegmentAnything
 from pocketsam.models.tiny_vit import ConvBn
 from pocketsam.training.augment import Augment
 from pocketsam.training.batches import image_weights, make_batch
-from pocketsam.training.feed import seeded
 from pocketsam.training.packs import Cache
 from pocketsam.training.prompts import first_prompts
 from pocketsam.training.rounds import set_input_size
+from pocketsam.training.seeds import seeded
 
 BATCHES, IMAGES, PROMPTS = 40, 8, 8
 # Of the spread of an embedding channel, what a residual block adds at the start.

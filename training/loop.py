@@ -17,11 +17,12 @@ from pocketsam.models.lite0 import LiteEncoder
 from pocketsam.models.sam import SegmentAnything
 from pocketsam.photos import CALIBRATION_IMAGES
 from pocketsam.training.augment import Augment
-from pocketsam.training.batches import Batch, Cut, image_weights, make_batch
-from pocketsam.training.feed import Feed, seeded
+from pocketsam.training.batches import Batch, image_weights, make_batch
+from pocketsam.training.on_device import DeviceCache
 from pocketsam.training.packs import Cache
 from pocketsam.training.parallel import average, rank
 from pocketsam.training.rounds import encode, episode, set_input_size
+from pocketsam.training.seeds import seeded
 
 LOG = "log.jsonl"
 CHECKPOINT = "checkpoint.pt"
@@ -97,18 +98,16 @@ class Trainer:
         recipe: how.
         out: the run's folder; an existing checkpoint in it is continued.
         loss: what a step minimises; :func:`pocketsam.training.rounds.episode` unless a teacher is used.
-        workers: threads that make batches ahead; the result does not depend on it.
     """
 
     def __init__(self, model: SegmentAnything, cache: Cache, recipe: Recipe, out: Path,
-                 loss: Callable[[SegmentAnything, Batch, int, torch.Generator], dict[str, Tensor]] = episode,
-                 workers: int = 0) -> None:
+                 loss: Callable[[SegmentAnything, Batch, int, torch.Generator], dict[str, Tensor]] = episode) -> None:
         self.model, self.cache, self.recipe, self.out, self.loss = model, cache, recipe, out, loss
         self.device = next(model.parameters()).device
         self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, betas=(0.9, 0.98))
         self.weights = image_weights(cache)
-        self.feed = Feed(self._make, workers)
+        self.near = None if self.device.type == "cpu" else DeviceCache(cache, self.device)
         self.step, self.seconds = 0, 0.0
         self.started = time.monotonic()
         out.mkdir(parents=True, exist_ok=True)
@@ -122,11 +121,8 @@ class Trainer:
     @property
     def progress(self) -> float:
         """Done fraction of the run."""
-        return self._progress_at(self.step)
-
-    def _progress_at(self, step: int) -> float:
         if self.recipe.steps is not None:
-            return step / self.recipe.steps
+            return self.step / self.recipe.steps
         return self.seconds / 60 / (self.recipe.minutes or 1)
 
     def run(self, save_minutes: float = 3, log_steps: int = 20, stop_after: float | None = None) -> None:
@@ -137,58 +133,76 @@ class Trainer:
             log_steps: steps averaged in each row of the log.
             stop_after: save and return after this many minutes, to be continued later.
         """
-        sums: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}
+        if self.near is not None:
+            self._rehearse()
         saved = first = self.seconds
         self.started = time.monotonic() - self.seconds
         while self.progress < 1 and (stop_after is None or self.seconds - first < 60 * stop_after):
-            for name, value in self.train_step().items():
-                sums[name] = sums.get(name, 0.0) + float(value) / log_steps
+            # Numbers stay on the device until they are logged, so that it never waits for the host.
+            for name, value in (self.train_step() | {"steps": torch.tensor(1.0)}).items():
+                sums[name] = sums[name] + value if name in sums else value
             if self.step % log_steps == 0:
-                self.log({"step": self.step, "progress": self.progress, "minutes": self.seconds / 60,
-                          "size": self.phase.size, "lr": max(g["lr"] for g in self.optimizer.param_groups), **sums})
+                self._log_means(sums)
                 sums = {}
-            if self.seconds - saved > 60 * save_minutes:
-                self.save()
-                saved = self.seconds
-        self.feed.close()
+                if self.seconds - saved > 60 * save_minutes:
+                    self.save()
+                    saved = self.seconds
+        if sums:
+            self._log_means(sums)
         self.save()
 
     @property
     def phase(self) -> Phase:
-        return self._phase_at(self.step)
-
-    def _phase_at(self, step: int) -> Phase:
-        progress = self._progress_at(step)
+        progress = self.progress
         return next(p for p in self.recipe.phases if progress < p.until or p is self.recipe.phases[-1])
 
-    def _make(self, step: int) -> tuple[Phase, Cut]:
-        phase = self._phase_at(step)
-        generator = seeded("cpu", self.recipe.seed, rank(), step, "batch")
-        return phase, make_batch(self.cache, self.weights, phase.images, phase.prompts, phase.size,
-                                 phase.augment or self.recipe.augment, generator)
+    def _log_means(self, sums: dict[str, Tensor]) -> None:
+        steps = float(sums.pop("steps"))
+        means = {name: float(value) / steps for name, value in sums.items()}
+        if not math.isfinite(means["gradient"]):
+            raise FloatingPointError(f"the gradient was not finite in the steps before {self.step}")
+        self.log({"step": self.step, "progress": self.progress, "minutes": self.seconds / 60, "size": self.phase.size,
+                  "lr": max(g["lr"] for g in self.optimizer.param_groups), **means})
+
+    def _rehearse(self) -> None:
+        """Each phase once without an update: a GPU looks for its fastest kernels, which is no part of the schedule."""
+        for phase in self.recipe.phases:
+            float(self._backward(phase)["loss"].detach())
+
+    def batch(self, phase: Phase) -> Batch:
+        """The batch of this step: the same again after resuming."""
+        augment = phase.augment or self.recipe.augment
+        generator = seeded(self.device if self.near else "cpu", self.recipe.seed, rank(), self.step, "batch")
+        if self.near is not None:
+            return self.near.batch(phase.images, phase.prompts, phase.size, augment, generator)
+        return make_batch(self.cache, self.weights, phase.images, phase.prompts, phase.size, augment,
+                          generator).batch(self.device)
 
     def train_step(self) -> dict[str, Tensor]:
         """One update; returns the scalars of the loss."""
         recipe = self.recipe
-        phase, cut = self.feed.get(self.step)
-        train_mode(self.model, phase.frozen)
-        set_input_size(self.model, phase.size)
-        batch = cut.batch(self.device)
-        generator = seeded(self.device, recipe.seed, rank(), self.step, "prompts")
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * recipe.lr * schedule(self.progress, recipe.warmup)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.bf16):
-            parts = self.loss(self.model, batch, phase.rounds, generator)
-        self.optimizer.zero_grad(set_to_none=True)
-        parts["loss"].backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        parts = self._backward(self.phase)
         self.seconds = average(self.model, time.monotonic() - self.started)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient is not finite at step {self.step}")
         self.optimizer.step()
         self.step += 1
         self._update_average()
         return {**{k: v.detach() for k, v in parts.items()}, "gradient": norm}
+
+    def _backward(self, phase: Phase) -> dict[str, Tensor]:
+        """The gradients of this step, and the scalars of its loss."""
+        batch = self.batch(phase)
+        train_mode(self.model, phase.frozen)
+        set_input_size(self.model, phase.size)
+        generator = seeded(self.device, self.recipe.seed, rank(), self.step, "prompts")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
+            parts = self.loss(self.model, batch, phase.rounds, generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts["loss"].backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        return parts
 
     def save(self) -> None:
         """Write the checkpoint under a temporary name, then rename it."""

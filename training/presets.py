@@ -21,12 +21,14 @@ class Preset:
 
 
 def gpu(minutes: float) -> Preset:
-    """One large GPU: the whole model, soon at 512 pixels, 48 images x 16 regions a step, 4 answers per prompt."""
+    """One large GPU for ten minutes, from earlier weights: all of the model at 512 pixels, strongly augmented."""
+    wide = Augment(min_zoom=0.6, stretch=1.3, colour=0.4, grey=0.1)
     phases = (
-        Phase(0.25, 384, 64, 16, 2),
-        Phase(1.0, 512, 48, 16, 4),
+        Phase(0.75, 512, 64, 8, 2, augment=wide),
+        Phase(1.0, 512, 64, 8, 3, augment=Augment(whole=0.6)),
     )
-    return Preset(Recipe(phases, minutes=minutes, lr=8e-4, ema=0.999, bf16=True), cache=512)
+    recipe = Recipe(phases, minutes=minutes, lr=1e-3, trunk_lr=0.5, decoder_lr=0.4, ema=0.999, bf16=True)
+    return Preset(recipe, cache=512)
 
 
 def quick(minutes: float) -> Preset:

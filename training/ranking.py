@@ -36,10 +36,10 @@ from pocketsam.training.evaluate import (
     scale_of,
     small_target,
 )
-from pocketsam.training.feed import seeded
 from pocketsam.training.losses import mask_iou
 from pocketsam.training.prompts import Prompts
 from pocketsam.training.rounds import chosen_logits
+from pocketsam.training.seeds import seeded
 from pocketsam.training.ship import load_weights, write_half
 
 REGIONS = 10

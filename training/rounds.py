@@ -118,8 +118,9 @@ def episode(model: SegmentAnything, batch: Batch, rounds: int, generator: torch.
             break
         mask = chosen_logits(logits, scores, prompts.ambiguous).detach()
         points, labels = correction_clicks(mask, batch.targets, size, generator)
-        if i == rounds - 2 and float(torch.rand((), generator=generator, device=labels.device)) < MASK_ONLY_RATE:
-            labels = click_slots(mask)
+        if i == rounds - 2:
+            without = torch.rand((), generator=generator, device=labels.device) < MASK_ONLY_RATE
+            labels = torch.where(without, click_slots(mask), labels)
         prompts = prompts.clicked(points, labels)
     if teacher is not None:
         totals["loss"] = totals["loss"] + totals["distill"]
