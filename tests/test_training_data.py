@@ -94,6 +94,10 @@ def test_first_prompts_are_boxes_or_single_points() -> None:
     assert kinds == {(2, 3, EMPTY_SLOT), (PADDING_POINT, EMPTY_SLOT, 1)}
     assert torch.equal(prompts.ambiguous, prompts.labels[:, 0] == PADDING_POINT)
     assert 70 < int(prompts.ambiguous.sum()) < 130
+    corners = prompts.coords[~prompts.ambiguous, :2].flatten(1)
+    tight = (corners == boxes[0]).all(1)
+    assert 0.3 < float(tight.float().mean()) < 0.7
+    assert float((corners[~tight] - boxes[0]).abs().max()) > 0
 
 
 def test_box_jitter_has_the_papers_size() -> None:

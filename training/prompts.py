@@ -17,6 +17,8 @@ from pocketsam.models.prompt_encoder import EMPTY_SLOT, PADDING_POINT
 BOX_JITTER = 0.1
 # The paper's 20 pixels at S = 1024.
 BOX_JITTER_MOST = 20 / 1024
+# Of the boxes, those left tight: detectors draw them so, people do not.
+TIGHT_RATE = 0.5
 FOREGROUND = 0.5
 DEPTH_STEPS = 12
 BOX_SLOTS = 2
@@ -49,7 +51,7 @@ class Prompts:
 
 def first_prompts(targets: Tensor, boxes: Tensor, size: int, generator: torch.Generator,
                   box_rate: float = 0.5) -> Prompts:
-    """A box or a point for each mask.
+    """A box, tight or jittered, or a point for each mask.
 
     Args:
         targets: (M, h, w) covered fraction of each pixel.
@@ -60,7 +62,8 @@ def first_prompts(targets: Tensor, boxes: Tensor, size: int, generator: torch.Ge
     """
     m = len(targets)
     is_box = torch.rand(m, generator=generator, device=targets.device) < box_rate
-    corners = jitter_boxes(boxes, size, generator).reshape(m, BOX_SLOTS, 2)
+    tight = torch.rand(m, 1, generator=generator, device=targets.device) < TIGHT_RATE
+    corners = torch.where(tight, boxes, jitter_boxes(boxes, size, generator)).reshape(m, BOX_SLOTS, 2)
     points = sample_points(targets > FOREGROUND, size, generator)
     coords = torch.cat([torch.where(is_box[:, None, None], corners, torch.zeros_like(corners)), points[:, None]], 1)
     as_box = torch.tensor([2.0, 3.0, EMPTY_SLOT], device=targets.device)
