@@ -40,7 +40,8 @@ def _fit(args: argparse.Namespace) -> None:
     elif args.teacher:
         teaching = Teaching(args.teacher, args.teacher_checkpoint, args.distill_embeddings, args.distill_logits)
     fit(args.data, args.out, args.preset, args.minutes, trunk=args.trunk, initial=args.initial, lr=args.lr,
-        seed=args.seed, workers=args.workers, teaching=teaching, stop_after=args.stop_after)
+        seed=args.seed, workers=args.workers, teaching=teaching, stop_after=args.stop_after,
+        proposer=(args.propose, args.propose_checkpoint) if args.propose else None)
     draw_curves(args.out / LOG, args.out / "curves.png")
 
 
@@ -137,6 +138,8 @@ def _add_fit(p: argparse.ArgumentParser) -> None:
     p.add_argument("--lr", type=float, help="peak learning rate instead of the preset's")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--workers", type=int, default=2, help="threads that decode packs")
+    p.add_argument("--propose", help="let this model of the registry propose regions where few are annotated")
+    p.add_argument("--propose-checkpoint", type=Path)
     p.add_argument("--teacher", help="distil from this model of the registry")
     p.add_argument("--taught", type=Path, help="distil from these embeddings, made by teach, instead")
     p.add_argument("--teacher-checkpoint", type=Path)

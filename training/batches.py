@@ -9,13 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pocketsam.training.augment import Augment, apply_colour, colour_factors, cut_image, cut_labels, sample_window
+from pocketsam.training.augment import (
+    Augment,
+    apply_colour,
+    colour_factors,
+    cut_image,
+    cut_labels,
+    sample_window,
+    uniform,
+)
 from pocketsam.training.packs import Cache
 
 MASK_STRIDE = 4
 # In pixels of the decoder's masks; smaller regions have no reliable shape there.
 LEAST_AREA = 10
 TRIES = 20
+# Of images with proposed layers, how often one of those is shown.
+PROPOSED_RATE = 0.35
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,8 @@ def _cut(cache: Cache, weights: Tensor, prompts: int, size: int, augment: Augmen
     """One image with its regions, or None when the window shows none."""
     index = int(torch.multinomial(weights, 1, generator=generator))
     layers = cache.layers[index]
+    if cache.proposed and cache.proposed[index] and uniform(generator) < PROPOSED_RATE:
+        layers = cache.proposed[index]
     layer = layers[int(torch.randint(len(layers), (), generator=generator))]
     window = sample_window(cache.content[index], cache.size, size, augment, generator)
     labels = cut_labels(cache.labels[layer], window, size)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from pocketsam.doctor import machine
 from pocketsam.models.lite0 import LiteEncoder, lite0
+from pocketsam.models.loading import load_model
 from pocketsam.models.mask_decoder import TwoWayBlock
 from pocketsam.models.sam import SegmentAnything
 from pocketsam.training.convert_trunk import load_trunk
@@ -20,6 +21,7 @@ from pocketsam.training.loop import Recipe, Trainer
 from pocketsam.training.packs import Cache, build_cache
 from pocketsam.training.parallel import spawn
 from pocketsam.training.presets import PRESETS
+from pocketsam.training.propose import propose
 from pocketsam.training.quantized import quantized_episode
 from pocketsam.training.rounds import Teacher, episode
 from pocketsam.training.ship import load_weights
@@ -94,7 +96,8 @@ def align_attention(model: SegmentAnything) -> None:
 
 def fit(data: Sequence[Path], out: Path, preset: str, minutes: float, *, trunk: Path | None = None,
         initial: Path | None = None, lr: float | None = None, seed: int = 0, workers: int = 2,
-        teaching: Teaching | Stored | None = None, stop_after: float | None = None) -> None:
+        teaching: Teaching | Stored | None = None, proposer: tuple[str, Path] | None = None,
+        stop_after: float | None = None) -> None:
     """Train lite0, or continue the run in ``out``.
 
     Args:
@@ -108,6 +111,7 @@ def fit(data: Sequence[Path], out: Path, preset: str, minutes: float, *, trunk: 
         seed: of initial weights, data and prompts.
         workers: threads that decode the packs.
         teaching: distil from another model, or from embeddings that one made.
+        proposer: name and checkpoint of a model that proposes further regions for sparsely labelled images.
         stop_after: minutes after which to save and return, to be continued by the same call.
     """
     chosen = PRESETS[preset](minutes)
@@ -115,6 +119,9 @@ def fit(data: Sequence[Path], out: Path, preset: str, minutes: float, *, trunk: 
     recipe = replace(chosen.recipe, seed=seed, lr=lr or chosen.recipe.lr,
                      bf16=chosen.recipe.bf16 and computes_bf16(device))
     cache = build_cache(data, chosen.cache, workers)
+    if proposer is not None:
+        cache = propose(load_model(*proposer).to(device), cache, computes_bf16(device))
+        print(f"layers proposed: {sum(map(len, cache.proposed))} for {sum(map(bool, cache.proposed))} images", flush=True)
     spawn(chosen.processes, _train, cache, recipe, out, Start(initial, trunk), device, teaching, data,
           stop_after)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pocketsam.training.augment import Augment, apply_colour, colour_factors
-from pocketsam.training.batches import LEAST_AREA, MASK_STRIDE, Batch, boxes_of, image_weights
+from pocketsam.training.batches import LEAST_AREA, MASK_STRIDE, PROPOSED_RATE, Batch, boxes_of, image_weights
 from pocketsam.training.packs import Cache
 
 # Candidates for each image of a batch; those whose window shows no region are dropped.
@@ -52,7 +52,8 @@ class DeviceCache:
         self.images, self.labels = cache.images.to(device), cache.labels.to(device)
         self.ids = int(cache.labels.max()) + 1
         self.content = torch.tensor(cache.content, device=device)
-        self.layers = torch.tensor([(rows[0], len(rows)) for rows in cache.layers], device=device)
+        self.layers = _ranges(cache.layers, device)
+        self.proposed = _ranges(cache.proposed or [[] for _ in cache.layers], device)
         self.weights = image_weights(cache).to(device)
 
     def batch(self, images: int, prompts: int, size: int, augment: Augment, generator: torch.Generator) -> Batch:
@@ -61,7 +62,10 @@ class DeviceCache:
         A region is large enough when ``LEAST_AREA`` mask pixels have their centre in it.
         """
         index = torch.multinomial(self.weights, CANDIDATES * images + SPARE, replacement=True, generator=generator)
-        first, count = self.layers[index].unbind(1)
+        proposed = self.proposed[index]
+        chance = PROPOSED_RATE * (proposed[:, 1:] > 0)
+        shown = torch.where(self._random(len(index), generator)[:, None] < chance, proposed, self.layers[index])
+        first, count = shown.unbind(1)
         layer = first + (self._random(len(index), generator) * count).long()
         windows = self._windows(index, size, augment, generator)
         ids, found = self._regions(layer, windows, prompts, size, generator)
@@ -103,6 +107,11 @@ class DeviceCache:
         order, number = keys.masked_fill(~visible, 2.0).argsort(1), visible.sum(1)
         turn = torch.arange(prompts, device=self.device) % number.clamp(min=1)[:, None]
         return order.gather(1, turn), number > 0
+
+
+def _ranges(rows: list[list[int]], device: torch.device) -> Tensor:
+    """First row and number of consecutive rows of each image: int64 (N, 2)."""
+    return torch.tensor([(r[0] if r else 0, len(r)) for r in rows], device=device)
 
 
 def cut_images(images: Tensor, windows: Windows, size: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ class Cache:
         layers: rows of ``labels`` per image.
         sources: source name per image.
         regions: number of regions per image, over all its layers.
+        proposed: rows of ``labels`` per image that a teacher proposed (``propose.py``), or nothing at all.
     """
 
     images: Tensor
@@ -38,6 +39,7 @@ class Cache:
     layers: list[list[int]]
     sources: list[str]
     regions: list[int]
+    proposed: list[list[int]] = field(default_factory=list)
 
     @property
     def size(self) -> int:
