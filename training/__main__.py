@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _fit(args: argparse.Namespace) -> None:
+    for name in ("teacher", "propose"):
+        if getattr(args, name) and not getattr(args, f"{name}_checkpoint"):
+            args.fail(f"--{name} {getattr(args, name)} needs its weights: add --{name}-checkpoint FILE")
     teaching: Teaching | Stored | None = None
     if args.taught:
         teaching = Stored(args.taught, args.distill_embeddings)
@@ -145,7 +148,7 @@ def _add_fit(p: argparse.ArgumentParser) -> None:
     p.add_argument("--teacher-checkpoint", type=Path)
     p.add_argument("--distill-embeddings", type=float, default=1.0, help="weight; 0 turns it off")
     p.add_argument("--distill-logits", type=float, default=1.0, help="weight; 0 turns it off")
-    p.set_defaults(run=_fit)
+    p.set_defaults(run=_fit, fail=p.error)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,8 @@ def fit(data: Sequence[Path], out: Path, preset: str, minutes: float, *, trunk: 
     cache = build_cache(data, chosen.cache, workers)
     if proposer is not None:
         cache = propose(load_model(*proposer).to(device), cache, computes_bf16(device))
-        print(f"layers proposed: {sum(map(len, cache.proposed))} for {sum(map(bool, cache.proposed))} images", flush=True)
+        layers, images = sum(map(len, cache.proposed)), sum(map(bool, cache.proposed))
+        print(f"{layers} layers proposed for {images} images", flush=True)
     spawn(chosen.processes, _train, cache, recipe, out, Start(initial, trunk), device, teaching, data,
           stop_after)
 
