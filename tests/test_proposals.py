@@ -11,6 +11,7 @@ from torch import Tensor
 
 import pocketsam.training.propose as training_propose
 from pocketsam.builtin import checkpoint_for
+from pocketsam.training.__main__ import main
 from pocketsam.training.batches import PROPOSED_RATE, image_weights, make_batch
 from pocketsam.training.on_device import DeviceCache
 from pocketsam.training.packs import Cache
@@ -97,3 +98,11 @@ def test_batches_show_proposals_at_their_rate(proposed: Cache) -> None:
         shown = float((batch.boxes == torch.tensor([0.0, 0, width, height])).all(1).float().mean())
         assert abs(shown - PROPOSED_RATE) < 0.12
     assert float(image_weights(cache).sum()) > 0
+
+
+@pytest.mark.parametrize("option", ["--propose", "--teacher"])
+def test_a_model_without_weights_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--data", "pack.tar", "--out", "run", option, "mobile_sam"])
+    assert stop.value.code == 2
+    assert f"{option} mobile_sam needs its weights: add {option}-checkpoint FILE" in capsys.readouterr().err
