@@ -141,7 +141,8 @@ def _add_fit(p: argparse.ArgumentParser) -> None:
     p.add_argument("--lr", type=float, help="peak learning rate instead of the preset's")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--workers", type=int, default=2, help="threads that decode packs")
-    p.add_argument("--propose", help="let this model of the registry propose regions where few are annotated")
+    p.add_argument("--propose", help="let this model of the registry propose regions where few are annotated; on CPUs "
+                   "that takes seconds a photo")
     p.add_argument("--propose-checkpoint", type=Path)
     p.add_argument("--teacher", help="distil from this model of the registry")
     p.add_argument("--taught", type=Path, help="distil from these embeddings, made by teach, instead")
