@@ -134,22 +134,23 @@ class Trainer:
             stop_after: save and return after this many minutes, to be continued later.
         """
         sums: dict[str, Tensor] = {}
+        logged = self.step
         if self.near is not None:
             self._rehearse()
         saved = first = self.seconds
         self.started = time.monotonic() - self.seconds
         while self.progress < 1 and (stop_after is None or self.seconds - first < 60 * stop_after):
             # Numbers stay on the device until they are logged, so that it never waits for the host.
-            for name, value in (self.train_step() | {"steps": torch.tensor(1.0)}).items():
+            for name, value in self.train_step().items():
                 sums[name] = sums[name] + value if name in sums else value
             if self.step % log_steps == 0:
-                self._log_means(sums)
-                sums = {}
+                self._log_means(sums, self.step - logged)
+                sums, logged = {}, self.step
                 if self.seconds - saved > 60 * save_minutes:
                     self.save()
                     saved = self.seconds
         if sums:
-            self._log_means(sums)
+            self._log_means(sums, self.step - logged)
         self.save()
 
     @property
@@ -157,8 +158,7 @@ class Trainer:
         progress = self.progress
         return next(p for p in self.recipe.phases if progress < p.until or p is self.recipe.phases[-1])
 
-    def _log_means(self, sums: dict[str, Tensor]) -> None:
-        steps = float(sums.pop("steps"))
+    def _log_means(self, sums: dict[str, Tensor], steps: int) -> None:
         means = {name: float(value) / steps for name, value in sums.items()}
         if not math.isfinite(means["gradient"]):
             raise FloatingPointError(f"the gradient was not finite in the steps before {self.step}")
@@ -173,7 +173,7 @@ class Trainer:
     def batch(self, phase: Phase) -> Batch:
         """The batch of this step: the same again after resuming."""
         augment = phase.augment or self.recipe.augment
-        generator = seeded(self.device if self.near else "cpu", self.recipe.seed, rank(), self.step, "batch")
+        generator = seeded(self.device, self.recipe.seed, rank(), self.step, "batch")
         if self.near is not None:
             return self.near.batch(phase.images, phase.prompts, phase.size, augment, generator)
         return make_batch(self.cache, self.weights, phase.images, phase.prompts, phase.size, augment,

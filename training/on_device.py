@@ -130,9 +130,8 @@ def cut_images(images: Tensor, windows: Windows, size: int) -> tuple[Tensor, Ten
     columns = _resampling(windows.left, windows.width, windows.out_width, side, size, windows.flip)
     shown = torch.bmm(rows, images.float().flatten(2)).reshape(-1, size, side, 3)
     pixels = torch.matmul(shown.permute(0, 3, 1, 2), columns.transpose(1, 2)[:, None])
-    position = torch.arange(size, device=images.device)
-    inside_rows, inside_columns = position < windows.out_height[:, None], position < windows.out_width[:, None]
-    return pixels.round().clamp(0, 255), (inside_rows[:, :, None] & inside_columns[:, None])[:, None]
+    valid = _inside(windows, torch.arange(size, device=images.device))[:, None]
+    return pixels.round().clamp(0, 255) * valid, valid
 
 
 def cut_label_maps(labels: Tensor, layer: Tensor, windows: Windows, size: int, stride: int = 1) -> Tensor:
@@ -149,10 +148,15 @@ def cut_label_maps(labels: Tensor, layer: Tensor, windows: Windows, size: int, s
         int16 (N, S / stride, S / stride).
     """
     position = torch.arange(stride // 2, size, stride, device=labels.device)
-    rows, row_valid = _nearest(windows.top, windows.height, windows.out_height, position)
-    columns, column_valid = _nearest(windows.left, windows.width, windows.out_width, position, windows.flip)
-    shown = labels[layer[:, None, None], rows[:, :, None], columns[:, None]]
-    return shown * (row_valid[:, :, None] & column_valid[:, None])
+    rows = _nearest(windows.top, windows.height, windows.out_height, position)
+    columns = _nearest(windows.left, windows.width, windows.out_width, position, windows.flip)
+    return labels[layer[:, None, None], rows[:, :, None], columns[:, None]] * _inside(windows, position)
+
+
+def _inside(windows: Windows, position: Tensor) -> Tensor:
+    """Where the shown pixels at these rows and columns hold content: bool (N, positions, positions)."""
+    rows, columns = position < windows.out_height[:, None], position < windows.out_width[:, None]
+    return rows[:, :, None] & columns[:, None]
 
 
 def _centres(extent: Tensor, out: Tensor, position: Tensor, flip: Tensor | None) -> Tensor:
@@ -164,15 +168,15 @@ def _centres(extent: Tensor, out: Tensor, position: Tensor, flip: Tensor | None)
 
 
 def _nearest(start: Tensor, extent: Tensor, out: Tensor, position: Tensor,
-             flip: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Cached pixel under each position, int64 (N, positions), and where the position shows content, bool."""
+             flip: Tensor | None = None) -> Tensor:
+    """Cached pixel under each position, past the content some pixel of the window: int64 (N, positions)."""
     inner = torch.minimum(_centres(extent, out, position, flip).long().clamp(min=0), extent[:, None] - 1)
-    return start[:, None] + inner, position < out[:, None]
+    return start[:, None] + inner
 
 
 def _resampling(start: Tensor, extent: Tensor, out: Tensor, side: int, size: int,
                 flip: Tensor | None = None) -> Tensor:
-    """Antialiased bilinear interpolation of one axis as a matrix: float32 (N, size, side), zero rows past the content.
+    """Antialiased bilinear interpolation of one axis as a matrix: float32 (N, size, side), no meaning past the content.
 
     A triangle around each centre, as wide as the shown pixel but at least as the cached one, cut at the window's ends.
     """
@@ -181,6 +185,5 @@ def _resampling(start: Tensor, extent: Tensor, out: Tensor, side: int, size: int
     inner = cached - start[:, None]
     support = (extent / out).clamp(min=1)[:, None, None]
     weights = (1 - (inner[:, None] + 0.5 - centres[..., None]).abs() / support).clamp(min=0)
-    seen = ((inner >= 0) & (inner < extent[:, None]))[:, None] & (position < out[:, None])[..., None]
-    weights = weights * seen
+    weights = weights * ((inner >= 0) & (inner < extent[:, None]))[:, None]
     return weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)

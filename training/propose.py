@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pocketsam.grids import point_grid
 from pocketsam.models.sam import SegmentAnything
 from pocketsam.training.evaluate import answer_to, point_prompts
 from pocketsam.training.packs import Cache
@@ -78,13 +79,14 @@ def _propose(teacher: SegmentAnything, cache: Cache, index: list[int], place: to
     for i, (height, width) in enumerate(content):
         valid[i, :, :round(height), :round(width)] = 1
     features = encode(teacher, images, valid)
-    steps = (torch.arange(GRID, device=place) + 0.5) / GRID
+    grid = torch.from_numpy(point_grid(GRID)).float().to(place)
     for i, (height, width) in enumerate(content):
-        points = torch.stack(torch.meshgrid(steps * width, steps * height, indexing="xy"), -1).reshape(-1, 2)
+        points = grid * torch.tensor([width, height], device=place)
         logits, scores = answer_to(teacher, {k: v[i:i + 1] for k, v in features.items()}, point_prompts(points), None)
         inside = F.interpolate(valid[i:i + 1], logits.shape[-2:], mode="nearest")[0] > 0
-        chosen = choose(logits[:, 1:].flatten(0, 1), scores[:, 1:].flatten(), inside)
-        yield [paint(logits[:, 1:].flatten(0, 1)[rows], cache.size, cache.content[index[i]]) for rows in chosen]
+        masks = logits[:, 1:].flatten(0, 1)
+        yield [paint(masks[rows], cache.size, cache.content[index[i]])
+               for rows in choose(masks, scores[:, 1:].flatten(), inside)]
 
 
 def choose(logits: Tensor, scores: Tensor, inside: Tensor) -> list[list[int]]:
