@@ -14,8 +14,8 @@ from pocketsam.errors import UnknownName, UsageError, WorkerError
 TIMEOUT_S = 120
 # Read by the BLAS and OpenMP libraries when they are loaded, never later.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-# fp16 artifacts are computed in fp32 by every CPU engine here.
-PRECISIONS = ("fp32", "fp16", "int8")
+# fp16 artifacts are computed in fp32 by every CPU engine here, unless another precision is asked of OpenVINO.
+PRECISIONS = ("fp32", "fp16", "int8", "bf16", "f16")
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Ceiling:
     Attributes:
         gemm_fp32: FLOP/s of the best fp32 matrix product.
         gemm_int8: operations/s of the best u8 x s8 matrix product; None without an engine that has one.
+        gemm_bf16, gemm_f16: FLOP/s of matrix products in these; None where OpenVINO or the processor lacks them.
         bandwidth: byte/s of a copy far larger than the cache, bytes read and bytes written both counted.
         threads: CPU threads.
     """
@@ -33,6 +34,18 @@ class Ceiling:
     gemm_int8: float | None
     bandwidth: float
     threads: int
+    gemm_bf16: float | None = None
+    gemm_f16: float | None = None
+
+    def rate(self, precision: str) -> float | None:
+        """Operations/s for what is computed in a precision; None where it was not measured.
+
+        Raises:
+            UnknownName: no such precision.
+        """
+        if precision not in PRECISIONS:
+            raise UnknownName("precision", precision, PRECISIONS)
+        return {"int8": self.gemm_int8, "bf16": self.gemm_bf16, "f16": self.gemm_f16}.get(precision, self.gemm_fp32)
 
 
 def ceiling(threads: int) -> Ceiling:
@@ -58,7 +71,7 @@ def ceiling(threads: int) -> Ceiling:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise WorkerError(f"measuring the machine failed ({last[:200]}); `pocketsam doctor` shows what is installed.")
     rates = json.loads(done.stdout.splitlines()[-1])
-    return Ceiling(rates["gemm_fp32"], rates["gemm_int8"], rates["bandwidth"], threads)
+    return Ceiling(**rates, threads=threads)
 
 
 def floor_ms(work: Work, ceiling: Ceiling, precision: str) -> float:
@@ -68,16 +81,16 @@ def floor_ms(work: Work, ceiling: Ceiling, precision: str) -> float:
     activations in the cache that are counted as memory here.
 
     Args:
-        precision: ``fp32`` and ``fp16`` are held against the fp32 rate, ``int8`` against the int8 rate.
+        precision: ``fp32`` and ``fp16`` are held against the fp32 rate, the others against their
+            own.
 
     Raises:
         UnknownName: another precision.
-        UsageError: ``int8`` without an int8 rate.
+        UsageError: its rate was not measured.
     """
-    if precision not in PRECISIONS:
-        raise UnknownName("precision", precision, PRECISIONS)
-    rate = ceiling.gemm_int8 if precision == "int8" else ceiling.gemm_fp32
+    rate = ceiling.rate(precision)
     if rate is None:
-        raise UsageError("the int8 rate of this machine was not measured; it needs onnx and onnxruntime: run "
+        needed = "onnx and onnxruntime" if precision == "int8" else "openvino and a processor that computes in it"
+        raise UsageError(f"the {precision} rate of this machine was not measured; it needs {needed}: run "
                          "`pip install 'pocketsam[export]'`.")
     return 1e3 * max(work.flops / rate, work.bytes / ceiling.bandwidth)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pocketsam.benchmarks.results import GRAPHS, key, mean_agreement
+from pocketsam.benchmarks.results import GRAPHS, key, mean_agreement, precision_of
 from pocketsam.errors import BenchmarkError
 
 # Below these a difference is not worth a failed build, however sure it is.
@@ -62,7 +62,7 @@ def _unrest(result: dict[str, Any]) -> float:
 
 
 def _row(a: dict[str, Any], b: dict[str, Any], allowed: float) -> list[Change]:
-    name = f"{b['runtime']} {b['precision']}, {b['threads']} threads"
+    name = f"{b['runtime']} {precision_of(b)}, {b['threads']} threads"
     found = []
     if (a["status"] == "ok") != (b["status"] == "ok"):
         return [Change(name, "status", a["status"], b["status"], b["status"] != "ok")]

@@ -97,13 +97,13 @@ def measure(targets: list[Target], plan: Plan, report: Report,
     return quality
 
 
-def results(rows: list[Measured], against: Measured | None = None) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """(runtime, precision, threads) -> JSON-safe numbers of each target; ratios to PyTorch of the same thread count.
+def results(rows: list[Measured], against: Measured | None = None) -> list[dict[str, Any]]:
+    """JSON-safe numbers of each target, in the order of the rows; ratios to PyTorch of the same thread count.
 
     Args:
         against: a second target that ratios are taken to.
     """
-    out = {}
+    out = []
     for row in rows:
         t = row.target
         eager = next((r for r in rows if r.target.reference and r.target.threads == t.threads), None)
@@ -112,7 +112,7 @@ def results(rows: list[Measured], against: Measured | None = None) -> dict[tuple
                                  "cold": row.cold or None}
         for graph in GRAPHS:
             entry[graph] = _graph(row, graph, eager, against)
-        out[t.runtime, t.precision, t.threads] = entry
+        out.append(entry)
     return out
 
 

@@ -65,7 +65,7 @@ class Row:
 
 
 def slowest(bundle: Bundle | None, runtime: str | Runtime, precision: str, graph: str, threads: int,
-            count: int = 10) -> list[OperatorTime]:
+            count: int = 10, compute: str = "") -> list[OperatorTime]:
     """The operators of one graph that take the most time, slowest first.
 
     Args:
@@ -75,6 +75,7 @@ def slowest(bundle: Bundle | None, runtime: str | Runtime, precision: str, graph
         graph: ``encoder``, or ``decoder`` for one prompt.
         threads: CPU threads.
         count: how many to return.
+        compute: what OpenVINO computes in, where that is not what its runtime would choose.
 
     Raises:
         NoProfiler: the runtime does not tell; the message says why.
@@ -85,7 +86,7 @@ def slowest(bundle: Bundle | None, runtime: str | Runtime, precision: str, graph
     """
     if count < 1:
         raise UsageError(f"count is {count}; expected at least 1.")
-    return _ranked(_profile(bundle, runtime, precision, graph, threads))[:count]
+    return _ranked(_profile(bundle, runtime, precision, graph, threads, compute))[:count]
 
 
 def by_kind(bundle: Bundle | None, runtime: str | Runtime, precision: str, graph: str,
@@ -97,7 +98,8 @@ def by_kind(bundle: Bundle | None, runtime: str | Runtime, precision: str, graph
     return _ranked([Row(kind, kind, ms) for kind, ms in sums.items()])
 
 
-def fallbacks(bundle: Bundle | None, runtime: str | Runtime, precision: str, graph: str, threads: int) -> int | None:
+def fallbacks(bundle: Bundle | None, runtime: str | Runtime, precision: str, graph: str, threads: int,
+              compute: str = "") -> int | None:
     """How many operators run off the runtime's fast path.
 
     LiteRT: operators outside the XNNPACK delegate. OpenVINO: nodes whose kernel is a reference implementation. ONNX
@@ -119,10 +121,11 @@ def fallbacks(bundle: Bundle | None, runtime: str | Runtime, precision: str, gra
         graph_spec(held, graph)
         opened: Any = registry.load("runtime", name).open(held, precision=precision, threads=threads)
         return sum(int(n) for n in opened.fallback_ops()[graph].values())
-    return sum(row.fallback for row in _profile(bundle, runtime, precision, graph, threads))
+    return sum(row.fallback for row in _profile(bundle, runtime, precision, graph, threads, compute))
 
 
-def _profile(bundle: Bundle | None, runtime: str | Runtime, precision: str, graph: str, threads: int) -> list[Row]:
+def _profile(bundle: Bundle | None, runtime: str | Runtime, precision: str, graph: str, threads: int,
+             compute: str = "") -> list[Row]:
     name = _checked(runtime, threads)
     if name in WITHOUT:
         raise NoProfiler(name)
@@ -136,7 +139,8 @@ def _profile(bundle: Bundle | None, runtime: str | Runtime, precision: str, grap
     if not isinstance(runtime, str):
         raise UsageError(f"an opened {name} runtime cannot be profiled; pass the name {name!r} and the bundle.")
     held = _needed(bundle, name)
-    return list(profile(held, precision, graph_spec(held, graph), threads))
+    asked = {"compute": compute} if compute else {}
+    return list(profile(held, precision, graph_spec(held, graph), threads, **asked))
 
 
 def _checked(runtime: str | Runtime, threads: int) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pocketsam.benchmarks.plots import Bar, Point, bars, pareto, scatter
-from pocketsam.benchmarks.results import mean_agreement, megabytes, one_image
+from pocketsam.benchmarks.results import mean_agreement, megabytes, one_image, precision_of
 from pocketsam.benchmarks.tables import HEADS, accuracy_rows, cells, facts, source_rows
 
 COLORS = {"pytorch": "--grey", "torch.compile": "--brown", "onnxruntime": "--blue", "openvino": "--purple",
@@ -156,7 +156,7 @@ def _method(result: dict[str, Any]) -> str:
 
 def _name(result: dict[str, Any], row: dict[str, Any], several: bool) -> str:
     threads = {r["threads"] for r in result["rows"]}
-    name = f"{row['runtime']} {row['precision']}" + (f" x{row['threads']}" if len(threads) > 1 else "")
+    name = f"{row['runtime']} {precision_of(row)}" + (f" x{row['threads']}" if len(threads) > 1 else "")
     return f"{name} ({result['device']})" if several else name
 
 

@@ -17,8 +17,11 @@ from pocketsam.specs import GraphSpec
 REFERENCE = "ref"
 
 
-def profile(bundle: Bundle, precision: str, graph: GraphSpec, threads: int) -> list[Row]:
+def profile(bundle: Bundle, precision: str, graph: GraphSpec, threads: int, compute: str = "") -> list[Row]:
     """The least time of each node that ran; ``kind`` is its type and its kernel.
+
+    Args:
+        compute: what is computed in; by default what the runtime would choose.
 
     Raises:
         BundleError: the artifact is missing, damaged or refused.
@@ -33,7 +36,7 @@ def profile(bundle: Bundle, precision: str, graph: GraphSpec, threads: int) -> l
         raise BundleError(f"OpenVINO {ov.get_version()} refuses {path} ({str(e).splitlines()[0][:200]}); export the "
                           "bundle again or change the openvino version.") from e
     # Not the runtime's cache: what is kept there was compiled without counters.
-    config = {**settings(threads, check_precision(core, None)), "PERF_COUNT": True}
+    config = {**settings(threads, check_precision(core, compute or None)), "PERF_COUNT": True}
     request = core.compile_model(model, "CPU", config).create_infer_request()
     return least(_run(request, inputs) for _ in range(WARMUP + RUNS))
 

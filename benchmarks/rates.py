@@ -2,7 +2,7 @@
 
     python -m pocketsam.benchmarks.rates THREADS
 
-Prints one line of JSON: ``gemm_fp32``, ``gemm_int8`` and ``bandwidth`` per second.
+Prints one line of JSON: ``gemm_fp32``, ``gemm_int8``, ``gemm_bf16``, ``gemm_f16`` and ``bandwidth`` per second.
 """
 
 from __future__ import annotations
@@ -95,18 +95,29 @@ def onnx_product(threads: int, side: int, integer: bool) -> Call:
     return partial(session.run, None, {"x": data})
 
 
-def openvino_product(threads: int, side: int) -> Call:
-    """OpenVINO with constant weights, in f32 as its runtime here."""
+def openvino_product(threads: int, side: int, compute: str = "f32") -> Call:
+    """OpenVINO with constant weights, in f32 as its runtime here, or in what it may be asked for."""
     import openvino as ov
     from openvino import opset13
 
     ones = np.ones((side, side), np.float32)
     x = opset13.parameter(ones.shape, np.float32, name="x")
     y = opset13.matmul(x, opset13.constant(ones), False, False)
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY",
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": compute, "PERFORMANCE_HINT": "LATENCY",
                                 "INFERENCE_NUM_THREADS": threads}
     request = ov.Core().compile_model(ov.Model([y], [x], "product"), "CPU", settings).create_infer_request()
     return partial(request.infer, {0: ones}, share_inputs=True, share_outputs=True)
+
+
+def half_rates(threads: int) -> dict[str, float | None]:
+    """Products in 16 bits, where OpenVINO says that the processor has them."""
+    held: Any = ()
+    if find_spec("openvino") is not None:
+        import openvino as ov
+
+        held = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return {f"gemm_{c}": rate(partial(openvino_product, compute=c), threads) if name in held else None
+            for c, name in (("bf16", "BF16"), ("f16", "FP16"))}
 
 
 def rate(make: Callable[[int, int], Call], threads: int) -> float:
@@ -126,6 +137,7 @@ def measure(threads: int) -> dict[str, float | None]:
         "bandwidth": bandwidth(threads),
         "gemm_fp32": max(rate(make, threads) for make in fp32),
         "gemm_int8": rate(partial(onnx_product, integer=True), threads) if has_onnx else None,
+        **half_rates(threads),
     }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pocketsam
+from pocketsam.benchmarks.targets import described
 from pocketsam.bundle import Bundle
 from pocketsam.doctor import machine
 from pocketsam.errors import BenchmarkError
@@ -96,9 +97,14 @@ def merge(files: Sequence[Path]) -> list[dict[str, Any]]:
     return found
 
 
+def precision_of(row: dict[str, Any]) -> str:
+    """Precision of the files, and what they were computed in where that had to be asked for."""
+    return described(row["precision"], row.get("compute", ""))
+
+
 def key(row: dict[str, Any]) -> tuple[str, str, int]:
     """What identifies a row within a result."""
-    return row["runtime"], row["precision"], row["threads"]
+    return row["runtime"], precision_of(row), row["threads"]
 
 
 def one_image(row: dict[str, Any], clicks: int = 1) -> float | None:
@@ -134,15 +140,15 @@ def mark_slower(rows: list[dict[str, Any]]) -> None:
             assert better is not None
             assert reached is not None
             if other["format"] == row["format"] and reached > accuracy and better * EQUAL < time:
-                row["slower_than"] = f"{other['runtime']} {other['precision']}"
+                row["slower_than"] = f"{other['runtime']} {precision_of(other)}"
 
 
 def to_csv(results: Sequence[dict[str, Any]]) -> str:
     """One line a row and device."""
     out = io.StringIO()
     graphs = [f"{g}_{n}" for g in GRAPHS for n in ("min_ms", "p50_ms", "p90_ms", "p99_ms", "spread", "first_ms")]
-    names = ["device", "model", *ROW_KEYS, "version", "mb", "load_ms", "peak_mb", *graphs, "encoder_times_pytorch",
-             "encoder_times_floor", "agreement_mean", "slower_than"]
+    names = ["device", "model", *ROW_KEYS, "compute", "version", "mb", "load_ms", "peak_mb", *graphs,
+             "encoder_times_pytorch", "encoder_times_floor", "agreement_mean", "slower_than"]
     writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()
     for result in results:
@@ -152,7 +158,7 @@ def to_csv(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    flat = {k: row.get(k) for k in (*ROW_KEYS, "version", "load_ms", "peak_mb", "slower_than")}
+    flat = {k: row.get(k) for k in (*ROW_KEYS, "compute", "version", "load_ms", "peak_mb", "slower_than")}
     flat["mb"] = megabytes(row)
     for graph in GRAPHS:
         numbers = row.get(graph) or {}

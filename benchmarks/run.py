@@ -10,13 +10,17 @@ from typing import Any
 from pocketsam.benchmarks import accuracy, latency, roofline
 from pocketsam.benchmarks.latency import GRAPHS, Measured, Plan
 from pocketsam.benchmarks.page import page
-from pocketsam.benchmarks.results import header, mark_slower, to_csv, write
-from pocketsam.benchmarks.targets import EVALUATOR_NOTE, Target, open_target, targets_of
+from pocketsam.benchmarks.results import header, mark_slower, precision_of, to_csv, write
+from pocketsam.benchmarks.targets import EVALUATOR_NOTE, Target, open_target, target_of, targets_of
 from pocketsam.bundle import Bundle, read_bundle
 from pocketsam.doctor import machine
-from pocketsam.errors import BenchmarkError
+from pocketsam.errors import BenchmarkError, UnknownName
 from pocketsam.files import staged_file
+from pocketsam.images import load_rgb
+from pocketsam.parity import compare
+from pocketsam.photos import photo_paths
 from pocketsam.predictor import Predictor
+from pocketsam.registry import OPENVINO_PRECISIONS
 from pocketsam.remembered import Remembered
 
 RESULT, CSV, PAGE = "bench.json", "bench.csv", "bench.html"
@@ -42,6 +46,8 @@ class Options:
         operators: profile the operators of each runtime.
         device: name of this device in reports.
         rivals: further targets, measured in the same rounds.
+        computes: what OpenVINO computes in besides f32: ``bf16``, ``f16``.
+        photos: for the agreement of those, where ``data`` gives none.
     """
 
     threads: tuple[int, ...] = ()
@@ -56,6 +62,8 @@ class Options:
     operators: bool = True
     device: str = ""
     rivals: tuple[Target, ...] = ()
+    computes: tuple[str, ...] = ()
+    photos: int = 3
 
 
 def run(bundle: Path, options: Options, out: Path, report: Report) -> dict[str, Any]:
@@ -70,7 +78,8 @@ def run(bundle: Path, options: Options, out: Path, report: Report) -> dict[str, 
     """
     opened = read_bundle(bundle)
     threads = check_threads(options.threads)
-    targets = [*targets_of(opened, list(threads), options.checkpoint, options.compiled), *options.rivals]
+    computes = check_computes(options.computes)
+    targets = [*targets_of(opened, list(threads), options.checkpoint, options.compiled, computes), *options.rivals]
     if options.against and options.against not in {t.runtime for t in targets}:
         raise BenchmarkError(f"no {options.against} in {bundle} to compare against; it has "
                              f"{', '.join(sorted({t.runtime for t in targets}))}.")
@@ -93,6 +102,8 @@ def run(bundle: Path, options: Options, out: Path, report: Report) -> dict[str, 
     _add_floor(opened, result, threads, options, report)
     if samples is not None:
         _add_accuracy(opened, result, samples, options, report)
+    else:
+        _add_agreement(opened, result, options, report)
     mark_slower(result["rows"])
     result["complete"] = True
     write(result, out / RESULT)
@@ -113,6 +124,18 @@ def check_threads(threads: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(threads)) or (cores,)
 
 
+def check_computes(computes: tuple[str, ...]) -> tuple[str, ...]:
+    """What OpenVINO may be asked to compute in.
+
+    Raises:
+        UnknownName: something else.
+    """
+    for compute in computes:
+        if compute not in OPENVINO_PRECISIONS:
+            raise UnknownName("inference precision", compute, OPENVINO_PRECISIONS)
+    return computes
+
+
 def write_reports(results: list[dict[str, Any]], out: Path) -> None:
     """The CSV and the page of one or several results."""
     for name, text in ((CSV, to_csv(results)), (PAGE, page(results))):
@@ -125,15 +148,17 @@ def _rows(bundle: Bundle, measured: list[Measured], against: str) -> list[dict[s
     other = next((m for m in measured if against and m.target.runtime == against), None)
     numbers = latency.results(measured, other)
     rows = []
-    for m in measured:
+    for m, own in zip(measured, numbers, strict=True):
         t = m.target
-        row: dict[str, Any] = {"runtime": t.runtime, "format": t.format, "precision": t.precision, "threads": t.threads,
-                               "reference": t.reference, "bytes": None, "agreement": None, "quality": None}
+        row: dict[str, Any] = {"runtime": t.runtime, "format": t.format, "precision": t.precision, "compute": t.compute,
+                               "threads": t.threads, "reference": t.reference, "bytes": None, "agreement": None,
+                               "quality": None}
         if t.format:
             parts = {a.graph: a for a in bundle.artifacts if (a.format, a.precision) == (t.format, t.precision)}
             row["bytes"] = {g: parts[g].bytes for g in GRAPHS}
-            row["agreement"] = parts["encoder"].measured or None
-        rows.append({**row, **numbers[t.runtime, t.precision, t.threads]})
+            # The export measured what f32 gives.
+            row["agreement"] = None if t.compute else parts["encoder"].measured or None
+        rows.append({**row, **own})
     return rows
 
 
@@ -148,21 +173,23 @@ def _add_floor(bundle: Bundle, result: dict[str, Any], threads: tuple[int, ...],
     for row in result["rows"]:
         if row["status"] != "ok" or not row["format"]:
             continue
+        rate = row["precision"] if row["precision"] == "int8" else row["compute"] or row["precision"]
         for graph in GRAPHS:
             work = roofline.count(bundle, row["format"], row["precision"], graph)
-            floor = roofline.floor_ms(work, ceilings[row["threads"]], row["precision"])
-            row[graph] |= {"flops": work.flops, "bytes": work.bytes,
-                           "floor": {"ms": round(floor, 3), "times_floor": round(row[graph]["p50_ms"] / floor, 2)}}
+            row[graph] |= {"flops": work.flops, "bytes": work.bytes}
+            if ceilings[row["threads"]].rate(rate) is not None:
+                floor = roofline.floor_ms(work, ceilings[row["threads"]], rate)
+                row[graph]["floor"] = {"ms": round(floor, 3), "times_floor": round(row[graph]["p50_ms"] / floor, 2)}
         if options.operators and row["threads"] == max(threads):
             _add_operators(bundle, row, report)
 
 
 def _add_operators(bundle: Bundle, row: dict[str, Any], report: Report) -> None:
-    report(f"profiling {row['runtime']} {row['precision']}")
+    report(f"profiling {row['runtime']} {precision_of(row)}")
     asked = bundle, row["runtime"], row["precision"], "encoder", row["threads"]
-    row["fallbacks"] = roofline.fallbacks(*asked)
+    row["fallbacks"] = roofline.fallbacks(*asked, compute=row["compute"])
     try:
-        found = roofline.slowest(*asked, count=EVERY)
+        found = roofline.slowest(*asked, count=EVERY, compute=row["compute"])
     except roofline.NoProfiler as e:
         row["encoder"]["operators"] = {"problem": str(e), "slowest": [], "kinds": {}}
         return
@@ -176,19 +203,36 @@ def _add_operators(bundle: Bundle, row: dict[str, Any], report: Report) -> None:
     row["encoder"]["operators"] = {"slowest": [asdict(o) for o in found[:SLOWEST]], "kinds": shown}
 
 
+def _add_agreement(bundle: Bundle, result: dict[str, Any], options: Options, report: Report) -> None:
+    """Masks of what the export did not measure, on the shipped photos."""
+    rows = [r for r in result["rows"] if r["compute"] and r["status"] == "ok"]
+    if not rows:
+        return
+    reference = _reference(bundle, result, options)
+    remembered = Predictor(Remembered(reference.runtime))
+    images = [load_rgb(p) for p in photo_paths()[:options.photos]]
+    for row in rows:
+        report(f"agreement of {row['runtime']} {precision_of(row)}")
+        row["agreement"] = compare(remembered, Predictor(open_target(target_of(bundle, row))), images).summary()
+
+
+def _reference(bundle: Bundle, result: dict[str, Any], options: Options) -> Predictor:
+    """PyTorch, in the most threads that are measured."""
+    found = targets_of(bundle, [max(result["settings"]["threads"])], options.checkpoint)
+    return Predictor(open_target(next(t for t in found if t.reference)))
+
+
 def _add_accuracy(bundle: Bundle, result: dict[str, Any], samples: accuracy.Data, options: Options,
                   report: Report) -> None:
     """Agreement with PyTorch and quality against the labels, once for each runtime and precision."""
-    eager = next(t for t in targets_of(bundle, [max(result["settings"]["threads"])], options.checkpoint, False)
-                 if t.reference)
-    reference = Predictor(open_target(eager))
+    reference = _reference(bundle, result, options)
     report("quality of pytorch fp32")
     truth = accuracy.quality(reference, samples.spread(options.images), options.regions)
     # Every candidate is compared on the same prompts; the labels are asked once.
     remembered = Predictor(Remembered(reference.runtime))
     done: dict[tuple[str, str], dict[str, Any]] = {}
     for row in result["rows"]:
-        pair = row["runtime"], row["precision"]
+        pair = row["runtime"], precision_of(row)
         if row.get("reference"):
             row["quality"] = truth
             continue
@@ -196,8 +240,7 @@ def _add_accuracy(bundle: Bundle, result: dict[str, Any], samples: accuracy.Data
             continue
         if pair not in done:
             report(f"accuracy of {' '.join(pair)}")
-            target = Target(*pair, max(result["settings"]["threads"]), row["format"], str(bundle.root))
-            candidate = Predictor(open_target(target))
+            candidate = Predictor(open_target(target_of(bundle, row, max(result["settings"]["threads"]))))
             agreed = accuracy.agreement(remembered, candidate, samples, options.images, options.prompts)
             quality = accuracy.quality(candidate, samples.spread(options.images), options.regions)
             done[pair] = {"agreement": agreed, "quality": quality, "retention": accuracy.retention(quality, truth)}

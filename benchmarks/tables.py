@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pocketsam.benchmarks.results import mean_agreement, megabytes
+from pocketsam.benchmarks.results import mean_agreement, megabytes, precision_of
 
 HEADS = ("runtime", "precision", "threads", "MB", "agreement", "encoder ms", "x PyTorch", "x floor", "prompt ms",
          "x PyTorch", "load ms", "peak MB", "note")
@@ -15,7 +15,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     """One line of the main table."""
     agreement = mean_agreement(row)
     encoder, decoder = row.get("encoder") or {}, row.get("decoder") or {}
-    return [row["runtime"], row["precision"], str(row["threads"]), _one(megabytes(row)),
+    return [row["runtime"], precision_of(row), str(row["threads"]), _one(megabytes(row)),
             "" if agreement is None or row.get("reference") else f"{agreement:.4f}",
             _time(encoder), _ratio(encoder), _floor(encoder), _time(decoder), _ratio(decoder),
             _one(row.get("load_ms"), 0), _one(row.get("peak_mb") or None, 0), note(row)]
@@ -40,12 +40,12 @@ def accuracy_rows(result: dict[str, Any]) -> list[list[str]]:
         measured, quality = row.get("agreement") or {}, row.get("quality") or []
         if not measured and not quality:
             continue
-        name = [row["runtime"], row["precision"]]
-        for kind in ("box", "point"):
-            m = measured.get(kind)
+        name = [row["runtime"], precision_of(row)]
+        for prompt in ("box", "point"):
+            m = measured.get(prompt)
             numbers = [str(m["prompts"]), *(f"{m[k]:.4f}" for k in ("mean", "p5", "worst"))] if m else [""] * 4
-            flips = f"{100 * measured['flip_rate']:.1f} %" if m and kind == "point" else ""
-            rows.append([*name, kind, *numbers, flips, *(_of_all(row, k, kind) for k in ("quality", "retention"))])
+            flips = f"{100 * measured['flip_rate']:.1f} %" if m and prompt == "point" else ""
+            rows.append([*name, prompt, *numbers, flips, *(_of_all(row, k, prompt) for k in ("quality", "retention"))])
     heads = ["runtime", "precision", "prompt", "prompts", "mean IoU with PyTorch", "5th percentile", "worst", "flips",
              "mIoU with ground truth", "retention"]
     used = [i for i in range(len(heads)) if any(r[i] for r in rows)]
@@ -54,7 +54,7 @@ def accuracy_rows(result: dict[str, Any]) -> list[list[str]]:
 
 def source_rows(result: dict[str, Any]) -> list[list[str]]:
     """Quality against the labels, a line for each runtime, precision and source, with a header."""
-    rows = [[row["runtime"], row["precision"], q["source"], str(q["regions"]), *(f"{q[k]:.4f}" for k in QUALITY)]
+    rows = [[row["runtime"], precision_of(row), q["source"], str(q["regions"]), *(f"{q[k]:.4f}" for k in QUALITY)]
             for row in result["rows"] for q in row.get("quality") or []]
     heads = ["runtime", "precision", "source", "regions", "box mIoU", "point mIoU", "best of three mIoU"]
     return [heads, *rows] if rows else []

@@ -3,12 +3,14 @@ a function ``module:name`` that returns a runtime."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pocketsam import registry
 from pocketsam.api import load
-from pocketsam.bundle import Bundle
+from pocketsam.bundle import Bundle, read_bundle
 from pocketsam.runtime import Runtime
 
 EVALUATOR_NOTE = "the Core ML evaluator proves masks and says nothing of speed"
@@ -26,6 +28,7 @@ class Target:
         image_size: for PyTorch, the bundle's input side.
         factory: ``module:name`` of a function that takes the target and returns a runtime; empty for our own.
         reference: ratios may be taken to it.
+        compute: what OpenVINO computes in where that is not f32: ``bf16`` or ``f16``.
     """
 
     runtime: str
@@ -37,17 +40,30 @@ class Target:
     image_size: int | None = None
     factory: str = ""
     reference: bool = False
+    compute: str = ""
 
     @property
     def label(self) -> str:
-        """E.g. ``openvino fp16, 2 threads``."""
-        return f"{self.runtime} {self.precision}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        """E.g. ``openvino fp16 in bf16, 2 threads``."""
+        kind = described(self.precision, self.compute)
+        return f"{self.runtime} {kind}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
 
-def targets_of(bundle: Bundle, threads: list[int], checkpoint: str, compiled: bool) -> list[Target]:
-    """PyTorch eager (and compiled, if asked for) and every artifact pair of a bundle, for each thread count."""
+def described(precision: str, compute: str) -> str:
+    """Precision of the files, and what they are computed in where a user must ask for it."""
+    return f"{precision} in {compute}" if compute else precision
+
+
+def targets_of(bundle: Bundle, threads: list[int], checkpoint: str, compiled: bool = False,
+               computes: Sequence[str] = ()) -> list[Target]:
+    """PyTorch eager (and compiled, if asked for) and every artifact pair of a bundle, for each thread count.
+
+    Args:
+        computes: what OpenVINO's smallest float files and its int8 files are computed in as well.
+    """
     found = []
     pairs = sorted({(a.format, a.precision) for a in bundle.artifacts}, key=_order)
+    steered = _in_openvino(os.environ.get(registry.RUNTIME_VARIABLES["openvino"], ""))
     for count in threads:
         eager = Target("pytorch", "fp32", count, source=bundle.spec.name, checkpoint=checkpoint,
                        image_size=bundle.spec.image_size, reference=True)
@@ -55,9 +71,19 @@ def targets_of(bundle: Bundle, threads: list[int], checkpoint: str, compiled: bo
         if compiled:
             found.append(Target("torch.compile", "fp32", count, source=eager.source, checkpoint=checkpoint,
                                 image_size=eager.image_size, factory="pocketsam.benchmarks.targets:compiled"))
-        found += [Target(r, p, count, f, str(bundle.root)) for r, f in registry.RUNTIME_FORMATS.items()
-                  for g, p in pairs if g == f]
-    return found
+        found += [Target(r, p, count, f, str(bundle.root), compute=steered if r == "openvino" else "")
+                  for r, f in registry.RUNTIME_FORMATS.items() for g, p in pairs if g == f]
+        held = [p for f, p in pairs if f == "openvino"]
+        floats, rest = [p for p in held if p.startswith("fp")], [p for p in held if not p.startswith("fp")]
+        found += [Target("openvino", p, count, "openvino", str(bundle.root), compute=_in_openvino(c))
+                  for c in computes for p in (*floats[-1:], *rest)]
+    return list(dict.fromkeys(found))
+
+
+def target_of(bundle: Bundle, row: dict[str, Any], threads: int | None = None) -> Target:
+    """What a row of a result measured, in other threads if asked."""
+    return Target(row["runtime"], row["precision"], threads or row["threads"], row["format"], str(bundle.root),
+                  compute=row.get("compute", ""))
 
 
 def open_target(target: Target) -> Runtime:
@@ -69,6 +95,11 @@ def open_target(target: Target) -> Runtime:
     if target.factory:
         opened: Runtime = registry.entry(target.factory)(target)
         return opened
+    if target.compute:
+        runtime: Runtime = registry.load("runtime", target.runtime).open(
+            read_bundle(target.source), precision=target.precision, threads=target.threads,
+            inference_precision=target.compute)
+        return runtime
     if target.format:
         return load(target.source, runtime=target.runtime, precision=target.precision, threads=target.threads).runtime
     return _pytorch(target)
@@ -88,6 +119,11 @@ def compiled(target: Target) -> Runtime:
 def _pytorch(target: Target) -> Runtime:
     return load(target.source, runtime="pytorch", checkpoint=target.checkpoint or None, threads=target.threads,
                 image_size=target.image_size).runtime
+
+
+def _in_openvino(compute: str) -> str:
+    """Empty for what OpenVINO computes in here unless asked otherwise."""
+    return "" if compute == "f32" else compute
 
 
 def _order(pair: tuple[str, str]) -> tuple[str, int]:

@@ -17,14 +17,14 @@ from pocketsam.errors import BundleError, UsageError
 from pocketsam.files import cache_root
 from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
-from pocketsam.registry import RUNTIME_VARIABLES
+from pocketsam.registry import OPENVINO_PRECISIONS, RUNTIME_VARIABLES
 from pocketsam.runtime import Features, Tensors
 from pocketsam.specs import GraphSpec
 
 FORMAT = "openvino"
 MODEL_FILE = "model.xml"
 # OpenVINO would pick bf16 or f16 by itself where the hardware has it, and masks would change with the machine.
-INFERENCE_PRECISIONS = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
+INFERENCE_PRECISIONS = dict(zip(OPENVINO_PRECISIONS, ("FP32", "BF16", "FP16"), strict=True))
 # With a model cache OpenVINO sets the process's locale to "C" while it compiles and back after: of two at once, the
 # second takes "C" for what it should go back to, and the program reads its text files as ASCII from then on.
 COMPILING = threading.Lock()

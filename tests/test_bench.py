@@ -21,7 +21,9 @@ from pocketsam.benchmarks.latency import Measured, Plan, results
 from pocketsam.benchmarks.page import page
 from pocketsam.benchmarks.plots import pareto
 from pocketsam.benchmarks.results import mark_slower, mean_agreement, merge, read, to_csv, write
+from pocketsam.benchmarks.run import Options, run
 from pocketsam.benchmarks.statistics import disturbed, ratio, summary
+from pocketsam.benchmarks.tables import cells
 from pocketsam.benchmarks.targets import Target
 from pocketsam.errors import BenchmarkError
 
@@ -44,12 +46,11 @@ def synthetic(seed: int, slowed: float = 1.0, noise: float = 0.06, rounds: int =
         for graph, scale, calls in (("encoder", 1.0, 2), ("decoder", 0.1, 20)):
             m.times[graph] = [list(base * scale * factor * d * rng.lognormal(0, noise, calls)) for d in drift]
         rows.append(m)
-    numbers = results(rows)
     out = [{"runtime": m.target.runtime, "format": m.target.format, "precision": m.target.precision, "threads": 2,
             "reference": m.target.reference,
             "bytes": None if m.target.reference else {"encoder": 10**7, "decoder": 10**6},
             "agreement": None if m.target.reference else agreement(AGREEMENT[m.target.precision]), "quality": None,
-            **numbers[m.target.runtime, m.target.precision, 2]} for m in rows]
+            **own} for m, own in zip(rows, results(rows), strict=True)]
     mark_slower(out)
     machine = {"python": "3.11", "system": "Linux", "cpu": "a cpu", "cores": 2, "features": ["avx2"]}
     return {"kind": "pocketsam-bench", "schema": 1, "complete": True, "created": "2026-01-01T00:00:00+00:00",
@@ -282,7 +283,44 @@ def test_compare_and_merge_commands(cli: Run, bench_run: Path, tmp_path: Path) -
     assert (tmp_path / "both" / "bench.html").exists()
 
 
+def test_what_is_asked_of_openvino_is_a_row_of_its_own(tmp_path: Path) -> None:
+    """The same files in f32 and in bf16: told apart in the table, the CSV, comparisons and what is marked as slower."""
+    result = synthetic(0)
+    asked = copy.deepcopy(result["rows"][2])
+    asked |= {"compute": "bf16", "agreement": agreement(0.98)}
+    asked["encoder"]["p50_ms"] = 1e4
+    result["rows"].append(asked)
+    mark_slower(result["rows"])
+    assert asked["slower_than"] == "litert fp32"
+    assert cells(asked)[1] == "fp32 in bf16"
+    assert to_csv([result]).splitlines()[-1].split(",")[2:8] == ["litert", "f", "fp32", "2", "ok", "bf16"]
+    worse = copy.deepcopy(result)
+    worse["rows"][-1]["agreement"] = agreement(0.9)
+    assert [c.what for c in compare(result, worse)] == ["litert fp32 in bf16, 2 threads"]
+
+
+def test_a_run_in_bf16(toy_everywhere: Path, toy_checkpoint: Path, tmp_path: Path) -> None:
+    """OpenVINO's smallest float files are measured in both; without bf16 in the processor the row says so."""
+    import openvino as ov
+
+    options = Options(plan=Plan(rounds=1, calls=(1, 1), warmup=1, extra=0, cold=False), threads=(1,),
+                      checkpoint=str(toy_checkpoint), operators=False, computes=("bf16",), photos=1)
+    result = run(toy_everywhere, options, tmp_path, lambda t: None)
+    rows = {(r["runtime"], r["precision"], r["compute"]): r for r in result["rows"]}
+    asked, usual = rows["openvino", "fp16", "bf16"], rows["openvino", "fp16", ""]
+    assert ("openvino", "fp32", "bf16") not in rows
+    assert usual["status"] == "ok"
+    if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        assert "does not compute in bf16" in asked["status"]
+        return
+    assert asked["status"] == "ok"
+    assert asked["encoder"]["floor"]["ms"] > 0
+    # Measured here, not taken from the export, and not what f32 gives.
+    assert 0.5 < asked["agreement"]["all"]["mean"] < usual["agreement"]["all"]["mean"]
+
+
 @pytest.mark.parametrize(("args", "message"), [
+    (("--compute", "fp4"), "unknown inference precision 'fp4'"),
     (("--threads", "0"), "expected 1 to"), (("--threads", "4096"), "expected 1 to"),
     (("--threads", "two"), "whole numbers"), (("--against", "tensorrt"), "no tensorrt"),
     (("--rounds", "0"), "at least 1"),

@@ -42,19 +42,21 @@ def measured(model: str, threads: int = 2) -> dict[str, Any]:
             "refused": {},
             "rows": [row("pytorch", "fp32", 1.0), row("onnxruntime", "fp32", 1.5, 10_000_000),
                      row("litert", "fp32", 2.5, 12_500_000), row("litert", "int8", 4.0, 3_100_000),
-                     row("rival", "fp32", 9.0), evaluator]}
+                     row("rival", "fp32", 9.0), evaluator,
+                     row("openvino", "fp32", 2.0, 9_000_000),
+                     {**row("openvino", "fp16", 5.0, 4_500_000), "compute": "bf16"}]}
 
 
 def test_like_is_compared_with_like(tool: ModuleType) -> None:
-    """int8 is faster still, so it stands in a column of its own; rivals are no formats of ours."""
+    """int8 is faster still and so is bf16, so they stand in columns of their own; rivals are no formats of ours."""
     line = tool.speed_row("edge_sam", measured("edge_sam"))
-    assert line == ("| edge_sam | 1000 | litert | 400 | 2.50 | litert int8 | 4.00 | 0.9998 | 10.0 / - | - / - | "
-                    "12.5 / 3.1 | 9.0 / - |\n")
+    assert line == ("| edge_sam | 1000 | litert | 400 | 2.50 | litert int8 | 4.00 | 0.9998 | fp16 | 5.00 | 0.9995 | "
+                    "10.0 / - | 9.0 / - | 12.5 / 3.1 | 9.0 / - |\n")
 
 
 def test_unmeasured_model_has_dashes(tool: ModuleType) -> None:
     line = tool.speed_row("edge_sam", None)
-    assert line.count(" - ") == 11
+    assert line.count(" - ") == 14
     assert line.count("|") == tool.speed_row("edge_sam", measured("edge_sam")).count("|")
 
 

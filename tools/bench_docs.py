@@ -64,9 +64,11 @@ back, ± (p90 - p50) / p50; `x floor` is the distance to the larger of FLOPs / m
 bandwidth. `agreement` is the mean mask IoU with PyTorch. Memory is the peak of a process that holds both graphs. Method
 and limits: [bench-schema.md](bench-schema.md).
 
-torch.compile is PyTorch's own compiler on both halves. Rows named torch.onnx.export and ORT dynamic int8 are what a
-plain exporter ships: the model without our rewrites, in ONNX Runtime with default options, and ONNX Runtime's dynamic
-quantization of it. The row transformers is Hugging Face's SamModel in PyTorch, with random weights.
+Rows *in bf16* are the same files of OpenVINO computed in bf16 where they would be in f32, which a user must ask for and
+the processor must have; `auto` never does. torch.compile is PyTorch's own compiler on both halves. Rows named
+torch.onnx.export and ORT dynamic int8 are what a plain exporter ships: the model without our rewrites, in ONNX Runtime
+with default options, and ONNX Runtime's dynamic quantization of it. The row transformers is Hugging Face's SamModel in
+PyTorch, with random weights.
 """
 UNTRAINED = "Deterministic, untrained weights: times and sizes are a trained model's, masks and agreement are not."
 
@@ -111,7 +113,7 @@ def measure(model: str, args: argparse.Namespace) -> None:
     plan = Plan(rounds, extra=rounds // 2, **({"calls": (1, 10), "warmup": 1} if heavy else {}))
     data = args.data if is_trained(model, checkpoint) else None
     options = Options(plan=plan, checkpoint=str(checkpoint or ""), data=data, images=args.images, regions=8,
-                      rivals=others, operators=led, compiled=led)
+                      rivals=others, operators=led, compiled=led, computes=("bf16",), photos=3 if led else 1)
     result = run(bundle, options, folder, print)
     add_rival_facts(result, model, checkpoint, others, args.work / f"{model}.rivals")
     result["model"]["trained"] = is_trained(model, checkpoint)

@@ -80,6 +80,8 @@ RUNTIME_PACKAGES = {
 
 # Environment variables that steer a runtime in every command: what computes, and in which precision.
 RUNTIME_VARIABLES = {"coreml": "POCKETSAM_COREML_UNIT", "openvino": "POCKETSAM_OPENVINO_PRECISION"}
+# What OpenVINO may be asked to compute in, first what it does unasked.
+OPENVINO_PRECISIONS = ("f32", "bf16", "f16")
 
 # Distributions that exporting to a format needs.
 FORMAT_PACKAGES = {

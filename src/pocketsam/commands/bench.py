@@ -40,6 +40,8 @@ def run(
     quick: Annotated[bool, typer.Option("--quick", help="Few calls, no profile: a first look.")] = False,
     rounds: Annotated[int | None, typer.Option(help="Turns of each runtime; default 10.")] = None,
     torch_compile: Annotated[bool, typer.Option("--torch-compile", help="Measure torch.compile too.")] = False,
+    compute: Annotated[str, typer.Option(help="Measure OpenVINO in these precisions too, where the processor has them: "
+                                              "bf16, f16.")] = "",
     images: Annotated[int, typer.Option(help="Images of --data.")] = 60,
     device: Annotated[str, typer.Option(help="Name of this device in reports; default: its CPU.")] = "",
     json_: Json = False,
@@ -55,7 +57,7 @@ def run(
             raise UsageError(f"rounds is {rounds}; expected at least 1.")
         plan = replace(plan, rounds=rounds)
     options = Options(_counts(threads), plan, str(checkpoint or ""), against, data, images, compiled=torch_compile,
-                      operators=not quick, device=device)
+                      operators=not quick, device=device, computes=tuple(names(compute)))
     try:
         result = measure(bundle, options, output, lambda t: progress(t, json_))
     except KeyboardInterrupt:
