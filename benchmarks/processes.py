@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pocketsam.benchmarks.targets import Target
+
+# Only where a worker can ask to die with its parent: one that is paused would never notice.
+CAN_PAUSE = sys.platform == "linux"
 
 
 class Worker:
@@ -31,10 +35,12 @@ class Worker:
                                         stderr=subprocess.DEVNULL, encoding="utf-8",
                                         env={**os.environ, "POCKETSAM_CACHE": str(self.cache)})
         self.facts = self._read()
+        self._pause()
 
     def time(self, graph: str, count: int) -> dict[str, Any]:
         """``times``: milliseconds of ``count`` calls, readback included; ``peak_mb``."""
         assert self.process.stdin is not None
+        self._go_on()
         try:
             self.process.stdin.write(f"{graph} {count}\n")
             self.process.stdin.flush()
@@ -43,7 +49,8 @@ class Worker:
         return self._read()
 
     def rest(self) -> None:
-        """The turn is over."""
+        """The turn is over: threads of some engines spin on, which would slow the next target."""
+        self._pause()
 
     def close(self) -> None:
         """End the process."""
@@ -57,6 +64,14 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         return dict(json.loads(line)) if line else {"problem": self._ended()}
+
+    def _pause(self) -> None:
+        if CAN_PAUSE:
+            self.process.send_signal(signal.SIGSTOP)
+
+    def _go_on(self) -> None:
+        if CAN_PAUSE:
+            self.process.send_signal(signal.SIGCONT)
 
     def _ended(self) -> str:
         return f"the process ended with exit status {self.process.wait()}"

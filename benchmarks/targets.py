@@ -10,7 +10,7 @@ from typing import Any
 
 from pocketsam import registry
 from pocketsam.api import load
-from pocketsam.bundle import Bundle, read_bundle
+from pocketsam.bundle import Bundle
 from pocketsam.runtime import Runtime
 
 EVALUATOR_NOTE = "the Core ML evaluator proves masks and says nothing of speed"
@@ -95,13 +95,9 @@ def open_target(target: Target) -> Runtime:
     if target.factory:
         opened: Runtime = registry.entry(target.factory)(target)
         return opened
-    if target.compute:
-        runtime: Runtime = registry.load("runtime", target.runtime).open(
-            read_bundle(target.source), precision=target.precision, threads=target.threads,
-            inference_precision=target.compute)
-        return runtime
     if target.format:
-        return load(target.source, runtime=target.runtime, precision=target.precision, threads=target.threads).runtime
+        return load(target.source, runtime=target.runtime, precision=target.precision, threads=target.threads,
+                    compute=target.compute or None).runtime
     return _pytorch(target)
 
 

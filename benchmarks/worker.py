@@ -7,9 +7,11 @@ Lines on standard input: ``encoder 2`` or ``decoder 20``; each is answered by on
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -19,10 +21,14 @@ from typing import Any, TextIO
 from pocketsam.benchmarks.targets import Target, open_target
 from pocketsam.errors import PocketSamError
 
+# PR_SET_PDEATHSIG of prctl(2).
+SET_DEATH_SIGNAL = 1
+
 
 def main() -> None:
     """Serve until standard input ends; a runtime that cannot be opened is told as ``{"problem": ...}``."""
     answers = _own_stdout()
+    die_with_parent()
     target = Target(**json.loads(sys.argv[1]))
     pin(target.threads)
     try:
@@ -71,6 +77,12 @@ def pin(threads: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, set(cores[:threads]))
+
+
+def die_with_parent() -> None:
+    """On Linux, be killed when the process that started this one ends: between turns it is paused and sees no end."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
 
 
 def peak_mb() -> float:

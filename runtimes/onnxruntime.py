@@ -81,6 +81,8 @@ def open_session(path: Path, threads: int | None, profile: Path | None = None) -
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # Threads of a call that ended would spin on for 50 ms and take the next session's cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

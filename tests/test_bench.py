@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -268,6 +269,33 @@ def test_what_finds_no_room_comes_for_its_turns(toy_bundle: Path, monkeypatch: p
     assert all(r.status == "ok" and [len(t) for t in r.times["decoder"]] == [2, 2] for r in kept)
     # Twice at the start, then the guest for the warm-up and for each round.
     assert len(opened) == 2 + 3
+
+
+@pytest.mark.skipif(not processes.CAN_PAUSE, reason="workers are paused on Linux only")
+def test_between_turns_workers_stand_still_and_die_with_the_benchmark(toy_bundle: Path, tmp_path: Path) -> None:
+    code = ("import sys, time; from pathlib import Path; from pocketsam.benchmarks.processes import Worker; "
+            "from pocketsam.benchmarks.targets import Target; "
+            f"w = Worker(Target('onnxruntime', 'fp32', 1, 'onnx', {str(toy_bundle)!r}), Path({str(tmp_path)!r})); "
+            "assert len(w.time('decoder', 2)['times']) == 2; w.rest(); print(w.process.pid, flush=True); "
+            "time.sleep(60)")
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, encoding="utf-8")
+    assert parent.stdout is not None
+    status = Path(f"/proc/{int(parent.stdout.readline())}/status")
+    try:
+        assert soon(lambda: "State:\tT" in status.read_text("ascii"))
+    finally:
+        parent.kill()
+        parent.communicate()
+    assert soon(lambda: not status.exists() or "State:\tZ" in status.read_text("ascii"))
+
+
+def soon(true: Callable[[], bool]) -> bool:
+    """Whether something becomes true within ten seconds."""
+    for _ in range(100):
+        if true():
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def test_compare_and_merge_commands(cli: Run, bench_run: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import locale
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,6 +23,7 @@ from pocketsam import registry
 from pocketsam.bundle import MANIFEST, read_bundle
 from pocketsam.errors import BundleError, CheckpointError, MissingDependency, UsageError
 from pocketsam.geometry import Frame
+from pocketsam.photos import photo_paths
 from pocketsam.runtime import sparing
 from pocketsam.tune import Candidate, choose, tune
 
@@ -68,6 +70,21 @@ def test_openvino_computes_in_what_was_asked_or_says_why_not(bundle: Path, tmp_p
         sam.runtime._encoder.get_property("INFERENCE_PRECISION_HINT"))
 
 
+def test_compute_is_an_argument_too(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes before the environment variable, and is refused where nothing would take it."""
+    monkeypatch.setenv("POCKETSAM_OPENVINO_PRECISION", "int4")
+    assert pocketsam.load(bundle, runtime="openvino", compute="f32").info()["inference_precision"] == "f32"
+    with pytest.raises(UsageError, match="'int8' is unknown; choose one of f32"):
+        pocketsam.load(bundle, runtime="openvino", compute="int8")
+    with pytest.raises(UsageError, match="unit 'TPU' is unknown"):
+        pocketsam.load(bundle, runtime="coreml", compute="TPU")
+    for runtime in ("auto", "onnxruntime"):
+        with pytest.raises(UsageError, match=f"for coreml and openvino, and the runtime is {runtime}"):
+            pocketsam.load(bundle, runtime=runtime, compute="bf16")
+    with pytest.raises(UsageError, match="goes with a bundle"):
+        pocketsam.load("lite0", compute="bf16")
+
+
 def test_openvino_leaves_the_locale_alone(bundle: Path) -> None:
     """OpenVINO, compiling in several threads with a cache, would leave "C": text files read as ASCII afterwards."""
     before = locale.setlocale(locale.LC_CTYPE)
@@ -85,6 +102,18 @@ def test_unknown_inference_precision(bundle: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("POCKETSAM_OPENVINO_PRECISION", "int4")
     with pytest.raises(UsageError, match="'int4' is unknown; choose one of f32, bf16, f16"):
         pocketsam.load(bundle, runtime="openvino")
+
+
+def test_onnxruntime_rests_after_a_call(bundle: Path) -> None:
+    """Its threads would spin for 50 ms after each call: slower decoders after an encoder, and a battery's loss."""
+    sam = pocketsam.load(bundle, runtime="onnxruntime", threads=2)
+    burnt = []
+    for _ in range(3):
+        sam.embed(photo_paths()[0])
+        before = time.process_time()
+        time.sleep(0.2)
+        burnt.append(time.process_time() - before)
+    assert min(burnt) < 0.01
 
 
 def test_litert_reports_what_left_the_delegate(bundle: Path) -> None:

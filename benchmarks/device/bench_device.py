@@ -43,6 +43,7 @@ def opened(runtime: str, path: Path, row: dict[str, Any], threads: int) -> tuple
         import onnxruntime
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         file = path / "model.onnx" if path.is_dir() else path
         session = onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"])
         return onnxruntime.__version__, lambda feed: dict(zip(names, session.run(names, feed)))  # noqa: B905

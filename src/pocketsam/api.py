@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def load(source: str | Path = BUILTIN_MODEL, *, runtime: str = "auto", checkpoint: str | Path | None = None,
-         precision: str = "fp32", threads: int | None = None, image_size: int | None = None) -> Predictor:
+         precision: str = "fp32", threads: int | None = None, image_size: int | None = None,
+         compute: str | None = None) -> Predictor:
     """Open a bundle, or a model straight from its checkpoint with the PyTorch runtime.
 
     Args:
@@ -29,6 +30,8 @@ def load(source: str | Path = BUILTIN_MODEL, *, runtime: str = "auto", checkpoin
             measurement choose that too.
         threads: CPU threads; the engine's default when None.
         image_size: input side for a model with ``checkpoint``, instead of its own; a bundle keeps its own.
+        compute: what a named runtime computes in or on: OpenVINO ``f32``, ``bf16`` or ``f16``, Core ML a compute unit;
+            by default what its environment variable says, then ``f32`` and ``ALL``. Masks differ from those of f32.
 
     Raises:
         PocketSamError: one of its children, naming what to do.
@@ -41,10 +44,12 @@ def load(source: str | Path = BUILTIN_MODEL, *, runtime: str = "auto", checkpoin
     is_bundle = (Path(source) / MANIFEST).is_file()
     if not is_bundle and (name in registry.MODELS or _looks_like_a_name(source)):
         registry.check("model", name)
+        if compute is not None:
+            raise UsageError(f"compute={compute!r} goes with a bundle and its runtime; PyTorch computes in fp32.")
         return Predictor(_from_checkpoint(name, runtime, checkpoint, threads, image_size))
     if checkpoint is not None:
         raise UsageError(f"{source} is a bundle path; a checkpoint goes with a model name.")
-    return Predictor(open_bundle(read_bundle(source), runtime, precision, threads))
+    return Predictor(open_bundle(read_bundle(source), runtime, precision, threads, compute))
 
 
 def _looks_like_a_name(source: str | Path) -> bool:
@@ -53,8 +58,11 @@ def _looks_like_a_name(source: str | Path) -> bool:
 
 
 def open_bundle(bundle: Bundle, runtime: str = "auto", precision: str = "fp32",
-                threads: int | None = None) -> Runtime:
+                threads: int | None = None, compute: str | None = None) -> Runtime:
     """Open the artifacts of a bundle in one runtime."""
+    if compute is not None and runtime not in registry.RUNTIME_OPTIONS:
+        raise UsageError(f"compute={compute!r} is for {' and '.join(registry.RUNTIME_OPTIONS)}, and the runtime is "
+                         f"{runtime}; name one of them or leave it out.")
     if runtime != "auto" and precision == "auto":
         precision = _only_precision(bundle, runtime)
     if runtime == "auto":
@@ -62,7 +70,8 @@ def open_bundle(bundle: Bundle, runtime: str = "auto", precision: str = "fp32",
 
         chosen = choose(tune(bundle, threads), None if precision == "auto" else precision)
         runtime, precision = chosen.runtime, chosen.precision
-    opened: Runtime = registry.load("runtime", runtime).open(bundle, precision=precision, threads=threads)
+    options = {} if compute is None else {registry.RUNTIME_OPTIONS[runtime]: compute}
+    opened: Runtime = registry.load("runtime", runtime).open(bundle, precision=precision, threads=threads, **options)
     return opened
 
 

@@ -82,6 +82,8 @@ RUNTIME_PACKAGES = {
 RUNTIME_VARIABLES = {"coreml": "POCKETSAM_COREML_UNIT", "openvino": "POCKETSAM_OPENVINO_PRECISION"}
 # What OpenVINO may be asked to compute in, first what it does unasked.
 OPENVINO_PRECISIONS = ("f32", "bf16", "f16")
+# The argument of each runtime's ``open`` for the same.
+RUNTIME_OPTIONS = {"coreml": "compute_unit", "openvino": "inference_precision"}
 
 # Distributions that exporting to a format needs.
 FORMAT_PACKAGES = {
