@@ -71,6 +71,7 @@ def facts(result: dict[str, Any]) -> str:
     versions = sorted({f"{r['runtime']} {r['version'].split('-')[0]}" for r in result["rows"] if r.get("version")})
     ceilings = "; ".join(
         f"{c['threads']} thread{'s' if c['threads'] > 1 else ''}: {c['gemm_fp32'] / 1e9:.0f} GFLOP/s fp32"
+        + (f", {c['gemm_bf16'] / 1e9:.0f} GFLOP/s bf16" if c.get("gemm_bf16") else "")
         + (f", {c['gemm_int8'] / 1e9:.0f} GOP/s int8" if c.get("gemm_int8") else "")
         + f", {c['bandwidth'] / 1e9:.1f} GB/s" for c in result.get("ceilings", []))
     return (f"{m['cpu']}, {m['cores']} cores, {' '.join(m['features'])}; {m['system']}, Python {m['python']}; "

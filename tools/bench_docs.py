@@ -91,7 +91,8 @@ def main() -> None:
         measure(model, args)
     target = ROOT / "docs" / "benchmarks.md"
     made = sections(target.read_text(encoding="utf-8")) if target.exists() else {}
-    made |= {p.parent.name: section(read(p)) for p in sorted(args.work.glob(f"*/{RESULT}"))}
+    measured = {p.parent.name: read(p) for p in sorted(args.work.glob(f"*/{RESULT}"))}
+    made |= {name: section(result) for name, result in measured.items() if result["complete"]}
     ordered = [made[m] for m in (*MODELS, *[m for m in REGISTERED if m not in MODELS]) if m in made]
     target.write_text(page(INTRO, ordered), encoding="utf-8")
 
