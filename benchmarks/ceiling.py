@@ -81,8 +81,7 @@ def floor_ms(work: Work, ceiling: Ceiling, precision: str) -> float:
     activations in the cache that are counted as memory here.
 
     Args:
-        precision: ``fp32`` and ``fp16`` are held against the fp32 rate, the others against their
-            own.
+        precision: ``fp32`` and ``fp16`` are held against the fp32 rate, the others against their own.
 
     Raises:
         UnknownName: another precision.

@@ -139,7 +139,7 @@ def _profile(bundle: Bundle | None, runtime: str | Runtime, precision: str, grap
     if not isinstance(runtime, str):
         raise UsageError(f"an opened {name} runtime cannot be profiled; pass the name {name!r} and the bundle.")
     held = _needed(bundle, name)
-    asked = {"compute": compute} if compute else {}
+    asked = {"compute": compute} if name == "openvino" else {}
     return list(profile(held, precision, graph_spec(held, graph), threads, **asked))
 
 

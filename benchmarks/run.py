@@ -187,9 +187,9 @@ def _add_floor(bundle: Bundle, result: dict[str, Any], threads: tuple[int, ...],
 def _add_operators(bundle: Bundle, row: dict[str, Any], report: Report) -> None:
     report(f"profiling {row['runtime']} {precision_of(row)}")
     asked = bundle, row["runtime"], row["precision"], "encoder", row["threads"]
-    row["fallbacks"] = roofline.fallbacks(*asked, compute=row["compute"])
+    row["fallbacks"] = roofline.fallbacks(*asked, compute=row["compute"] or "f32")
     try:
-        found = roofline.slowest(*asked, count=EVERY, compute=row["compute"])
+        found = roofline.slowest(*asked, count=EVERY, compute=row["compute"] or "f32")
     except roofline.NoProfiler as e:
         row["encoder"]["operators"] = {"problem": str(e), "slowest": [], "kinds": {}}
         return

@@ -96,8 +96,10 @@ def open_target(target: Target) -> Runtime:
         opened: Runtime = registry.entry(target.factory)(target)
         return opened
     if target.format:
+        # Said even where it is f32: a variable of the user's could ask for something else.
+        compute = target.compute or "f32" if target.runtime == "openvino" else None
         return load(target.source, runtime=target.runtime, precision=target.precision, threads=target.threads,
-                    compute=target.compute or None).runtime
+                    compute=compute).runtime
     return _pytorch(target)
 
 
