@@ -69,7 +69,8 @@ class Options:
 def run(bundle: Path, options: Options, out: Path, report: Report) -> dict[str, Any]:
     """Measure a bundle and write ``bench.json``, ``bench.csv`` and ``bench.html`` into ``out``.
 
-    After every round the JSON is written with ``complete`` false, so that an interrupted run leaves its numbers.
+    After every round, the floor and every row of accuracy the JSON is written with ``complete`` false, so that an
+    interrupted run leaves its numbers.
 
     Raises:
         BundleError: no bundle.
@@ -100,8 +101,9 @@ def run(bundle: Path, options: Options, out: Path, report: Report) -> dict[str, 
         raise BenchmarkError("nothing could be timed: " + "; ".join(
             f"{t.label}: {EVALUATOR_NOTE}" for t in targets if not t.reference) + ".")
     _add_floor(opened, result, threads, options, report)
+    write(result, out / RESULT)
     if samples is not None:
-        _add_accuracy(opened, result, samples, options, report)
+        _add_accuracy(opened, result, samples, options, report, lambda: write(result, out / RESULT))
     else:
         _add_agreement(opened, result, options, report)
     mark_slower(result["rows"])
@@ -223,8 +225,10 @@ def _reference(bundle: Bundle, result: dict[str, Any], options: Options) -> Pred
 
 
 def _add_accuracy(bundle: Bundle, result: dict[str, Any], samples: accuracy.Data, options: Options,
-                  report: Report) -> None:
-    """Agreement with PyTorch and quality against the labels, once for each runtime and precision."""
+                  report: Report, keep: Callable[[], None]) -> None:
+    """Agreement with PyTorch and quality against the labels, once for each runtime and precision; ``keep`` is called
+    after each, as one takes minutes.
+    """
     reference = _reference(bundle, result, options)
     report("quality of pytorch fp32")
     truth = accuracy.quality(reference, samples.spread(options.images), options.regions)
@@ -245,3 +249,4 @@ def _add_accuracy(bundle: Bundle, result: dict[str, Any], samples: accuracy.Data
             quality = accuracy.quality(candidate, samples.spread(options.images), options.regions)
             done[pair] = {"agreement": agreed, "quality": quality, "retention": accuracy.retention(quality, truth)}
         row |= done[pair]
+        keep()
