@@ -19,7 +19,7 @@ from pocketsam.candidates import Store, _closer, find, iou, restore, suppress, t
 from pocketsam.clicks import Answers
 from pocketsam.errors import UsageError
 from pocketsam.everything import MaskRecord, Settings, default_settings, segment_everything
-from pocketsam.geometry import Frame, upscale_logits
+from pocketsam.geometry import Frame, masks_from_logits, upscale_logits
 from pocketsam.grids import crops, point_grid
 from pocketsam.images import Rgb, load_rgb
 from pocketsam.models.catalog import spec as spec_of
@@ -79,7 +79,7 @@ def test_bounds_hold_for_a_lone_cell() -> None:
     found = list(find(Answers(np.arange(1), low_res, np.ones((1, 3), np.float32)), frame, 0.2, 0.1, 1.0))
     assert len(found) == 3
     for c in found:
-        shape = shape_of(restore(c, 128), frame, to_image(c.cells, frame, 128, 1 + 128 / 512), 1.0)
+        shape = shape_of(restore(c, 128), frame, to_image(c.cells, frame, 128), 1.0)
         box = tight_box(shape)
         assert box is not None
         assert box[3] < 150, "the lone cell left no pixel"
@@ -98,7 +98,7 @@ def test_closer_bounds_hold(size: tuple[int, int]) -> None:
     for c in find(Answers(np.arange(6), low_res, np.ones((6, 3), np.float32)), frame, 0.2, 0, 1.0):
         logits = restore(c, 128)
         closer = _closer(c, logits, frame)
-        box = tight_box(shape_of(logits, frame, to_image(c.cells, frame, 128, 1 + 128 / 512), 1.0))
+        box = tight_box(shape_of(logits, frame, to_image(c.cells, frame, 128), 1.0))
         assert box is not None
         assert all(closer.outer[i] <= box[i] <= closer.inner[i] for i in (0, 1))
         assert all(closer.inner[i] <= box[i] <= closer.outer[i] for i in (2, 3))
@@ -199,7 +199,11 @@ def test_large_masks_are_dropped(toy: Predictor) -> None:
     assert sorted(kept) == sorted(a for a in areas if a <= limit * rgb.shape[0] * rgb.shape[1])
 
 
-@pytest.mark.parametrize("model", ["lite0", "mobile_sam"])
+# One for each way in which logits reach the photo.
+ENLARGED = ["lite0", "mobile_sam", "sam2.1_tiny", "efficient_sam_ti", "efficientvit_sam_l0"]
+
+
+@pytest.mark.parametrize("model", ENLARGED)
 @pytest.mark.parametrize("size", [(480, 720), (3000, 400), (40, 60), (1, 500), (700, 1)])
 def test_windows_equal_whole_masks(model: str, size: tuple[int, int]) -> None:
     spec = spec_of(model)
@@ -212,6 +216,37 @@ def test_windows_equal_whole_masks(model: str, size: tuple[int, int]) -> None:
         y1, x1 = int(rng.integers(y0, size[0])) + 1, int(rng.integers(x0, size[1])) + 1
         part = np.concatenate([b for _, b in upscale_bands(logits, frame, Window(x0, y0, x1, y1))])
         assert np.abs(part - whole[y0:y1, x0:x1]).max() < 3e-4
+
+
+@pytest.mark.parametrize("model", ENLARGED)
+@pytest.mark.parametrize("size", [(480, 720), (700, 90), (40, 60), (2100, 2300)])
+def test_candidates_equal_whole_masks(model: str, size: tuple[int, int]) -> None:
+    """What is stored of a candidate gives every pixel of its mask, within its bounds; sharp borders let cubic
+    interpolation ring.
+    """
+    spec = spec_of(model)
+    frame, m = Frame.of(*size, spec), spec.mask_size
+    rng = np.random.default_rng(0)
+    coarse = rng.normal(-1, 2, (2, 3, m // 16, m // 16))
+    low_res = (np.kron(coarse, np.ones((16, 16))) * rng.uniform(0.2, 3, (2, 3, m, m))).astype(np.float32)
+    # Whole float16 numbers, so that storing them changes nothing.
+    low_res = low_res.astype(np.float16).astype(np.float32)
+    found = list(find(Answers(np.arange(2), low_res, np.ones((2, 3), np.float32)), frame, 0.2, 0, 1.0))
+    assert found
+    for c in found:
+        logits = restore(c, m)
+        shape = shape_of(logits, frame, to_image(c.cells, frame, m), 1.0)
+        whole = masks_from_logits(low_res[c.point, c.token - 1][None], frame)[0]
+        w = shape.window
+        rest = whole.copy()
+        rest[w.y0:w.y1, w.x0:w.x1] ^= shape.mask
+        # A pixel whose logit is 0 up to rounding may differ.
+        assert int(rest.sum()) <= 2
+        box = tight_box(shape)
+        assert box is not None
+        assert all(c.outer[i] <= box[i] for i in (0, 1))
+        assert all(box[i] <= c.outer[i] for i in (2, 3))
+        assert c.inner[2] < c.inner[0] or all(box[i] <= c.inner[i] and c.inner[i + 2] <= box[i + 2] for i in (0, 1))
 
 
 def test_run_lengths_of_a_window() -> None:

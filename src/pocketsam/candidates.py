@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pocketsam.clicks import Answers
 from pocketsam.geometry import Frame
 from pocketsam.resampling import Floats
-from pocketsam.windows import REACH, Shape, Window, at_model, positive_cells, shape_of, to_image
+from pocketsam.windows import REACH, Shape, Window, at_model, ceiling, positive_cells, shape_of, to_image
 
 # Candidates' logits in memory at once; above it the least likely ones are dropped and decoded again if needed.
 STORE_BYTES = 48_000_000
@@ -42,7 +42,8 @@ class Candidate:
         token: 1 to 3.
         cells: low-resolution cells whose logits exceed minus the stability offset.
         inner, outer: boxes (x0, y0, x1, y1) in photo pixels between which the mask's box lies.
-        logits: float16 logits of ``cells`` grown by two, or None when memory ran out.
+        logits: float16 logits of ``cells`` grown by two (of all cells where masks are enlarged cubically), or None when
+            memory ran out.
     """
 
     score: float
@@ -98,12 +99,15 @@ def find(answers: Answers, frame: Frame, least_score: float, least_stability: fl
         outer = int(np.count_nonzero(inside > -offset))
         if least_stability > 0 and _surely_unstable(int(np.count_nonzero(inside > offset)), outer, least_stability):
             continue
-        positive, cells = positive_cells(inside, 0), positive_cells(inside, -offset)
+        most = ceiling(inside, frame)
+        positive, cells = positive_cells(most, 0), positive_cells(most, -offset)
         if positive is None or cells is None:
             continue
         inner_box, outer_box = _inner_bound(inside, frame, m), _outer_bound(positive, frame, m)
+        # Cubic interpolation would ring at the border of a stored part.
+        stored = Window(0, 0, m, m) if frame.upscale == "cubic" else cells
         yield Candidate(float(scores[b, token]), int(points[b]), int(token) + 1, cells, inner_box, outer_box,
-                        _cut(logits, cells))
+                        _cut(logits, stored))
 
 
 def select(store: Store, frame: Frame, mask_size: int, offset: float, overlap: float,
@@ -122,6 +126,7 @@ def select(store: Store, frame: Frame, mask_size: int, offset: float, overlap: f
     """
     kept = np.empty((0, 4))
     used = 0
+    closer = frame.upscale == "frame" and frame.width >= LARGE * frame.prompt_width
     ordered = store.ordered()
     again: dict[int, Floats] = {}
     for i, c in enumerate(ordered):
@@ -134,10 +139,9 @@ def select(store: Store, frame: Frame, mask_size: int, offset: float, overlap: f
             logits = again.pop(i)
         if logits is None:
             logits = restore(c, mask_size)
-        if used and frame.width >= LARGE * frame.content_width and _surely_suppressed(
-                _closer(c, logits, frame), kept[:used], overlap):
+        if used and closer and _surely_suppressed(_closer(c, logits, frame), kept[:used], overlap):
             continue
-        shape = shape_of(logits, frame, to_image(c.cells, frame, mask_size, 1 + mask_size / frame.size), offset)
+        shape = shape_of(logits, frame, to_image(c.cells, frame, mask_size), offset)
         box = tight_box(shape)
         if box is None or not accept(shape, box) or (used and (iou(box, kept[:used]) > overlap).any()):
             continue
@@ -157,11 +161,11 @@ def _forgotten(ordered: list[Candidate], start: int, kept: Boxes, overlap: float
 
 def _closer(c: Candidate, logits: Floats, frame: Frame) -> Candidate:
     """The candidate with bounds from the model's frame, which is finer than low-resolution cells."""
-    inside = at_model(logits, frame, Window(0, 0, frame.content_width, frame.content_height))
+    inside, size = at_model(logits, frame, Window(0, 0, frame.prompt_width, frame.prompt_height)), frame.prompt_size
     positive = positive_cells(inside, 0)
     if positive is None:
         return c
-    return replace(c, inner=_inner_bound(inside, frame, frame.size), outer=_outer_bound(positive, frame, frame.size))
+    return replace(c, inner=_inner_bound(inside, frame, size), outer=_outer_bound(positive, frame, size))
 
 
 def tight_box(shape: Shape) -> Box | None:
@@ -216,7 +220,7 @@ def _surely_unstable(inner: int, outer: int, least: float) -> bool:
 
 def _content(frame: Frame, m: int) -> tuple[int, int]:
     """Rows and columns of low-resolution cells that touch the photo."""
-    return -(-frame.content_height * m // frame.size), -(-frame.content_width * m // frame.size)
+    return -(-frame.prompt_height * m // frame.prompt_size), -(-frame.prompt_width * m // frame.prompt_size)
 
 
 def _inner_bound(inside: Floats, frame: Frame, m: int) -> tuple[float, float, float, float]:
@@ -224,13 +228,16 @@ def _inner_bound(inside: Floats, frame: Frame, m: int) -> tuple[float, float, fl
 
     One positive cell promises no positive pixel, since no pixel lies on its centre. Between the centres of four
     positive neighbours every pixel is positive, and with three frame pixels there a photo pixel surely lies between.
+    With cubic interpolation nothing is sure.
     """
-    sx, sy = frame.width / frame.content_width, frame.height / frame.content_height
+    if frame.upscale == "cubic":
+        return 0, 0, -1, -1
+    sx, sy = frame.width / frame.prompt_width, frame.height / frame.prompt_height
     blocks = np.minimum(np.minimum(inside[:-1, :-1], inside[1:, :-1]), np.minimum(inside[:-1, 1:], inside[1:, 1:]))
     cells = positive_cells(blocks, 0) if blocks.size and min(sx, sy) > 0.5 else None
     if cells is None:
         return 0, 0, -1, -1
-    cell = frame.size / m
+    cell = frame.prompt_size / m
     return ((cells.x0 + 0.625) * cell * sx + 1, (cells.y0 + 0.625) * cell * sy + 1,
             min(frame.width - 1, (cells.x1 + 0.375) * cell * sx) - 2,
             min(frame.height - 1, (cells.y1 + 0.375) * cell * sy) - 2)
@@ -238,8 +245,8 @@ def _inner_bound(inside: Floats, frame: Frame, m: int) -> tuple[float, float, fl
 
 def _outer_bound(cells: Window, frame: Frame, m: int) -> tuple[float, float, float, float]:
     """A box that surely contains the mask's: it ends before the centres of the cells beside the positive ones."""
-    cell = frame.size / m
-    sx, sy = frame.width / frame.content_width, frame.height / frame.content_height
+    cell = frame.prompt_size / m
+    sx, sy = frame.width / frame.prompt_width, frame.height / frame.prompt_height
     return (max(0, ((cells.x0 - 0.5) * cell - 1) * sx - 1), max(0, ((cells.y0 - 0.5) * cell - 1) * sy - 1),
             min(frame.width - 1, ((cells.x1 + 0.5) * cell + 1) * sx),
             min(frame.height - 1, ((cells.y1 + 0.5) * cell + 1) * sy))
@@ -257,6 +264,9 @@ def _cut(logits: Floats, cells: Window) -> NDArray[np.float16]:
 
 def restore(c: Candidate, m: int) -> Floats:
     """The (4h, 4w) logits of a candidate that still has them, far below 0 outside its window."""
+    assert c.logits is not None
+    if c.logits.shape == (m, m):
+        return c.logits.astype(np.float32)
     full = np.full((m, m), OUTSIDE, np.float32)
     full[_grown(c.cells, m)] = c.logits
     return full

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +16,9 @@ from pocketsam.embedding import Embedding
 from pocketsam.errors import LabelError
 from pocketsam.everything import Embed
 from pocketsam.images import Rgb
+from pocketsam.predictor import Predictor, single_token
 from pocketsam.prompts import Prompt, decoder_inputs
-from pocketsam.windows import Window, positive_cells, shape_of, to_image
-
-if TYPE_CHECKING:
-    from pocketsam.predictor import Predictor
+from pocketsam.windows import Window, ceiling, positive_cells, shape_of, to_image
 
 COLUMNS = ("image", "x0", "y0", "x1", "y1")
 BATCH = 16
@@ -94,10 +92,16 @@ def find_photo(name: str, photos: Sequence[Path]) -> Path:
     Raises:
         LabelError: there is none.
     """
-    wanted = {name, Path(name).name, name.zfill(12)}
-    for photo in photos:
-        if photo.name in wanted or photo.stem in wanted:
-            return photo
+    wanted = [name, Path(name).name, *([name.zfill(12)] if name.isdecimal() else [])]
+    # The whole file name first: 1.jpg is not 000000000001.jpg where both exist.
+    for part in ("name", "stem"):
+        for candidate in wanted:
+            found = [p for p in photos if getattr(p, part) == candidate]
+            if len(found) > 1:
+                raise LabelError(f"the detections name image {name!r}, which may be {found[0].name} or "
+                                 f"{found[1].name}; give its whole file name.")
+            if found:
+                return found[0]
     raise LabelError(f"the detections name image {name!r}, which is not among the {len(photos)} photos given.")
 
 
@@ -126,12 +130,13 @@ def _batch(sam: Predictor, embedding: Embedding, detections: Sequence[Detection]
     prompts = [Prompt.of(frame, sam.spec, box=box or (0, 0, frame.width, frame.height)) for box in clipped]
     out = sam.runtime.decode(embedding.features, decoder_inputs(prompts, frame, sam.spec, sam.runtime.slots))
     rows = []
-    for d, box, logits, score in zip(detections, clipped, out["low_res_masks"][:, 0], out["iou_predictions"][:, 0],
-                                     strict=True):
-        cells = positive_cells(logits, 0) if box else None
+    for d, box, masks, scores in zip(detections, clipped, out["low_res_masks"], out["iou_predictions"], strict=True):
+        token = single_token(masks, scores, sam.spec)
+        logits, score = masks[token], scores[token]
+        cells = positive_cells(ceiling(logits, frame), 0) if box else None
         mask, window = np.zeros((1, 1), np.bool_), Window(0, 0, 1, 1)
         if cells is not None:
-            window = to_image(cells, frame, len(logits), 1 + len(logits) / frame.size)
+            window = to_image(cells, frame, len(logits))
             mask = shape_of(logits, frame, window, 0).mask
         ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         place = ([int(xs[0]) + window.x0, int(ys[0]) + window.y0, int(xs[-1] - xs[0]) + 1, int(ys[-1] - ys[0]) + 1]

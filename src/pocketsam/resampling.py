@@ -141,15 +141,17 @@ def _taps(n: int, full: int) -> tuple[NDArray[np.int64], Floats]:
     return index, np.stack([far(t + 1), near(t), near(1 - t), far(2 - t)]).astype(np.float32)
 
 
-def cubic_columns(x: Floats, full: int) -> Floats:
-    """Cubic interpolation along each row to ``full`` columns."""
-    index, weight = _taps(x.shape[1], full)
+def cubic_columns(x: Floats, full: int, start: int = 0, stop: int | None = None) -> Floats:
+    """Cubic interpolation along each row to ``full`` columns, of which those from ``start`` to ``stop`` are made."""
+    index, weight = (a[:, start:stop] for a in _taps(x.shape[1], full))
     out: Floats = np.einsum("hkw,kw->hw", x[:, index], weight)
     return out
 
 
-def cubic_rows(x: Floats, full: int) -> Iterator[tuple[int, Floats]]:
-    """x cubically interpolated to ``full`` rows, as :func:`linear_rows` yields them."""
+def cubic_rows(x: Floats, full: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Floats]]:
+    """x cubically interpolated to ``full`` rows, those from ``start`` to ``stop``, as :func:`linear_rows` yields
+    them.
+    """
     index, weight = _taps(len(x), full)
-    for y in range(full):
+    for y in range(start, full if stop is None else stop):
         yield y, (weight[:, y] @ x[index[:, y]])[None]

@@ -1,7 +1,7 @@
 """Low-resolution logits to photo resolution, only where the mask is: the same values as ``geometry``, less work.
 
 A bilinear value lies between its neighbours, so outside the cells where low-resolution logits exceed a threshold
-nothing exceeds it at any resolution.
+nothing exceeds it at any resolution. A bicubic one may leave their range, by a bounded share of it (:func:`ceiling`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pocketsam.geometry import Bools, Frame
-from pocketsam.resampling import BAND_PIXELS, Floats
+from pocketsam.resampling import BAND_PIXELS, Floats, cubic_columns, cubic_rows
 
 # Two interpolations of one cell each.
 REACH = 2
+# Bicubic weights along one axis sum to 1, and the negative ones to 3/16 at most (half-way between two cells): of the
+# products of two axes the negative ones sum to 2 * 3/16 * 19/16.
+OVERSHOOT = 2 * 3 / 16 * 19 / 16
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,26 @@ def positive_cells(logits: Floats, threshold: float) -> Window | None:
     return Window(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
 
 
-def to_image(cells: Window, frame: Frame, mask_size: int, grow: float) -> Window:
-    """The photo pixels that cells, grown by ``grow`` cells on each side, can reach."""
-    cell = frame.size / mask_size
-    sx, sy = cell * frame.width / frame.content_width, cell * frame.height / frame.content_height
+def ceiling(logits: Floats, frame: Frame) -> Floats:
+    """What pixels at a cell can have at most, (h, w): the logits themselves where interpolation is linear, for
+    :func:`positive_cells`.
+    """
+    if frame.upscale != "cubic":
+        return logits
+    h, w = logits.shape
+    padded = np.pad(logits, REACH, mode="edge")
+    wide = [padded[:, i:i + w] for i in range(2 * REACH + 1)]
+    most, least = np.maximum.reduce(wide), np.minimum.reduce(wide)
+    most = np.maximum.reduce([most[i:i + h] for i in range(2 * REACH + 1)])
+    least = np.minimum.reduce([least[i:i + h] for i in range(2 * REACH + 1)])
+    out: Floats = most + np.float32(OVERSHOOT) * (most - least)
+    return out
+
+
+def to_image(cells: Window, frame: Frame, mask_size: int) -> Window:
+    """The photo pixels that interpolation can reach from cells: one cell further, then one pixel of the frame."""
+    cell, grow = frame.prompt_size / mask_size, 1 + mask_size / frame.prompt_size
+    sx, sy = cell * frame.width / frame.prompt_width, cell * frame.height / frame.prompt_height
     x0 = min(max(0, math.floor((cells.x0 - grow) * sx)), frame.width - 1)
     y0 = min(max(0, math.floor((cells.y0 - grow) * sy)), frame.height - 1)
     x1 = min(frame.width, max(x0 + 1, math.ceil((cells.x1 + grow) * sx)))
@@ -89,20 +108,30 @@ def upscale_bands(logits: Floats, frame: Frame, window: Window) -> Iterator[tupl
     Yields:
         First row of the band inside the window, and float32 (rows, window.width) logits.
     """
-    sy, sx = frame.content_height / frame.height, frame.content_width / frame.width
-    mx0, my0 = max(0, math.floor(window.x0 * sx) - REACH), max(0, math.floor(window.y0 * sy) - REACH)
-    mx1 = min(frame.content_width, math.ceil(window.x1 * sx) + REACH)
-    my1 = min(frame.content_height, math.ceil(window.y1 * sy) + REACH)
-    middle = at_model(logits, frame, Window(mx0, my0, mx1, my1))
     rows = max(1, BAND_PIXELS // window.width)
-    for top in range(window.y0, window.y1, rows):
-        band = Window(window.x0, top, window.x1, min(top + rows, window.y1))
-        yield top - window.y0, _sample(middle, (my0, mx0), (sy, sx), band)
+    starts = range(window.y0, window.y1, rows)
+    bands = (Window(window.x0, top, window.x1, min(top + rows, window.y1)) for top in starts)
+    if frame.upscale == "cubic":
+        wide = cubic_columns(logits, frame.width, window.x0, window.x1)
+        for band in bands:
+            parts = [row for _, row in cubic_rows(wide, frame.height, band.y0, band.y1)]
+            yield band.y0 - window.y0, np.concatenate(parts)
+        return
+    middle, origin, scale = logits, (0, 0), (logits.shape[0] / frame.height, logits.shape[1] / frame.width)
+    if frame.upscale == "frame":
+        scale = sy, sx = frame.prompt_height / frame.height, frame.prompt_width / frame.width
+        origin = my0, mx0 = (max(0, math.floor(window.y0 * sy) - REACH), max(0, math.floor(window.x0 * sx) - REACH))
+        mx1 = min(frame.prompt_width, math.ceil(window.x1 * sx) + REACH)
+        my1 = min(frame.prompt_height, math.ceil(window.y1 * sy) + REACH)
+        middle = at_model(logits, frame, Window(mx0, my0, mx1, my1))
+    for band in bands:
+        yield band.y0 - window.y0, _sample(middle, origin, scale, band)
 
 
 def at_model(logits: Floats, frame: Frame, window: Window) -> Floats:
-    """float32 (4h, 4w) logits at pixels of the model's frame, (window.height, window.width)."""
-    return _sample(logits, (0, 0), (logits.shape[0] / frame.size, logits.shape[1] / frame.size), window)
+    """float32 (4h, 4w) logits at pixels of the prompt frame, (window.height, window.width)."""
+    h, w = logits.shape
+    return _sample(logits, (0, 0), (h / frame.prompt_size, w / frame.prompt_size), window)
 
 
 def shape_of(logits: Floats, frame: Frame, window: Window, offset: float) -> Shape:
