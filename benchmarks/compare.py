@@ -1,4 +1,4 @@
-"""Two results of the same device and model: what became slower, larger or worse beyond the noise of both."""
+"""Two results of one machine and model: what became slower, larger or worse beyond the noise of both."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ SLOWER = 0.08
 LARGER = 0.02
 MORE_MEMORY = 0.15
 LESS_AGREEMENT = 0.002
+# The interval of fewer rounds says little (that of one has no width): then only a change by half counts.
+FEW_ROUNDS = 5
+MUCH_SLOWER = 0.5
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Change:
 
     Attributes:
         what: e.g. ``encoder of onnxruntime fp32, 2 threads``.
-        measure: latency, agreement, size, memory or status.
+        measure: latency, agreement, size, peak memory or status.
         before, after: as text.
         worse: a regression, not a gain.
     """
@@ -38,21 +41,53 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
 
     Latency is compared through the ratio to PyTorch eager where both runs have it, because the ratio survives a
     machine that is slower today; the intervals of both must be apart. Without it the medians are compared, and the
-    spread of both runs is allowed for. Rounds that something else disturbed are allowed the spread of the probe.
+    spread of both runs is allowed for. Rounds that something else disturbed are allowed the spread of the probe. Where
+    either run kept fewer than five rounds, only a change by half counts. A row that the new result lacks is worse.
 
     Raises:
-        BenchmarkError: different models, or no row in common.
+        BenchmarkError: different models, input sides or machines, or no row in common.
     """
-    if old["model"]["name"] != new["model"]["name"]:
-        raise BenchmarkError(f"the results are of {old['model']['name']} and {new['model']['name']}; compare one "
-                             "model.")
-    before = {key(r): r for r in old["rows"]}
-    pairs = [(before[key(r)], r) for r in new["rows"] if key(r) in before]
-    if not pairs:
+    _check_comparable(old, new)
+    before, after = ({key(r): r for r in result["rows"]} for result in (old, new))
+    if not before.keys() & after.keys():
         raise BenchmarkError("the two results have no runtime, precision and thread count in common.")
-    allowed = SLOWER + _unrest(old) + _unrest(new)
-    found = [change for a, b in pairs for change in _row(a, b, allowed)]
+    allowed = (MUCH_SLOWER if _few_rounds(old, new) else SLOWER) + _unrest(old) + _unrest(new)
+    found = [change for k, row in after.items() if k in before for change in _row(before[k], row, allowed)]
+    found += [Change(_name(row), "status", row["status"], "missing", True)
+              for k, row in before.items() if k not in after]
     return sorted(found, key=lambda c: not c.worse)
+
+
+def remarks(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What the reader of a comparison must know besides the changes, one line each."""
+    found = [f"the {name} result is partial: its run did not end" for name, result in (("old", old), ("new", new))
+             if not result["complete"]]
+    if old["model"]["weights_sha256"] != new["model"]["weights_sha256"]:
+        found.append(f"the results are of different weights of {new['model']['name']}")
+    if _few_rounds(old, new):
+        found.append(f"fewer than {FEW_ROUNDS} rounds were kept: only times that changed by more than "
+                     f"{MUCH_SLOWER:.0%} are told")
+    before = {key(r): r for r in old["rows"]}
+    apart = [_name(r) for r in new["rows"] if r.get("agreement") and before.get(key(r), {}).get("agreement")
+             and _prompts(r) != _prompts(before[key(r)])]
+    if apart:
+        found.append(f"agreement was measured on other photos or prompts, and is not compared, of {'; '.join(apart)}")
+    return found
+
+
+def _check_comparable(old: dict[str, Any], new: dict[str, Any]) -> None:
+    for part, name, what, one in (("model", "name", "the models", "model"),
+                                  ("model", "image_size", "the input sides", "input side"),
+                                  ("machine", "cpu", "the processors", "machine")):
+        first, second = old[part][name], new[part][name]
+        if first != second:
+            raise BenchmarkError(f"the results are of {what} {first} and {second}; compare results of one {one}.")
+
+
+def _few_rounds(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether either run kept too few rounds to tell noise from a change; device scripts know no rounds."""
+    kept = [result["calm"]["rounds"] for result in (old, new) if result.get("calm")]
+    return bool(kept) and min(kept) < FEW_ROUNDS
 
 
 def _unrest(result: dict[str, Any]) -> float:
@@ -61,16 +96,28 @@ def _unrest(result: dict[str, Any]) -> float:
     return float(calm["probe_spread"] * calm["disturbed"] / calm["rounds"]) if calm.get("rounds") else 0.0
 
 
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['runtime']} {precision_of(row)}, {row['threads']} threads"
+
+
+def _prompts(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What the agreement of a row was measured on, as far as its summary tells: the export's holds no seed."""
+    measured = row["agreement"]
+    counts = [measured[kind]["prompts"] for kind in ("box", "point") if kind in measured]
+    return *(measured.get(k) for k in ("images", "seed", "prompts_per_image")), *counts
+
+
 def _row(a: dict[str, Any], b: dict[str, Any], allowed: float) -> list[Change]:
-    name = f"{b['runtime']} {precision_of(b)}, {b['threads']} threads"
+    name = _name(b)
     found = []
     if (a["status"] == "ok") != (b["status"] == "ok"):
         return [Change(name, "status", a["status"], b["status"], b["status"] != "ok")]
     if not b.get("reference"):
         found += [c for g in GRAPHS if (c := _latency(f"{g} of {name}", a.get(g), b.get(g), allowed))]
-    first, second = mean_agreement(a), mean_agreement(b)
-    if first is not None and second is not None and abs(first - second) > LESS_AGREEMENT:
-        found.append(Change(name, "agreement", f"{first:.4f}", f"{second:.4f}", second < first))
+    if a.get("agreement") and b.get("agreement") and _prompts(a) == _prompts(b):
+        first, second = mean_agreement(a), mean_agreement(b)
+        if first is not None and second is not None and abs(first - second) > LESS_AGREEMENT:
+            found.append(Change(name, "agreement", f"{first:.4f}", f"{second:.4f}", second < first))
     for measure, old, new, limit in (
         ("size", sum((a.get("bytes") or {}).values()), sum((b.get("bytes") or {}).values()), LARGER),
         ("peak memory", a.get("peak_mb") or 0, b.get("peak_mb") or 0, MORE_MEMORY),

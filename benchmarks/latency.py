@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from pocketsam.benchmarks.processes import Guest, Worker, available_mb
 from pocketsam.benchmarks.statistics import disturbed, ratio, summary
 from pocketsam.benchmarks.targets import EVALUATOR_NOTE, Target
+from pocketsam.errors import BenchmarkError
 
 GRAPHS = ("encoder", "decoder")
 TOLERANCE = 0.2
@@ -86,43 +87,52 @@ def measure(targets: list[Target], plan: Plan, report: Report,
 
     Returns:
         How calm the machine was: ``rounds`` kept, ``repeated`` and ``disturbed`` rounds, ``probe_spread``.
+
+    Raises:
+        BenchmarkError: no target could be timed; the message says why of each.
     """
     rows = [Measured(t) for t in targets]
     with tempfile.TemporaryDirectory() as folder:
+        # Apart, so that no cold start finds what another one compiled.
+        caches = [Path(folder) / str(i) for i in range(len(rows))]
         if plan.cold:
-            for row in rows:
-                _open_once(row, Path(folder), report)
-        with _opened(rows, Path(folder), report) as workers:
+            for row, cache in zip(rows, caches, strict=True):
+                _open_once(row, cache, report)
+        with _opened(rows, caches, report) as workers:
             quality = _rounds(rows, workers, plan, report, keep)
+    if not any(row.times[g] for row in rows for g in GRAPHS):
+        reasons = "; ".join(f"{row.target.label}: {row.status.rstrip('.')}" for row in rows)
+        raise BenchmarkError(f"nothing could be timed: {reasons}.")
     return quality
 
 
-def results(rows: list[Measured], against: Measured | None = None) -> list[dict[str, Any]]:
+def results(rows: list[Measured], against: str = "") -> list[dict[str, Any]]:
     """JSON-safe numbers of each target, in the order of the rows; ratios to PyTorch of the same thread count.
 
     Args:
-        against: a second target that ratios are taken to.
+        against: a runtime that ratios are taken to as well: its first row of the same thread count.
     """
     out = []
     for row in rows:
-        t = row.target
-        eager = next((r for r in rows if r.target.reference and r.target.threads == t.threads), None)
+        peers = [r for r in rows if r.target.threads == row.target.threads]
+        eager = next((r for r in peers if r.target.reference), None)
+        other = next((r for r in peers if r.target.runtime == against), None)
         entry: dict[str, Any] = {"status": row.status, "load_ms": row.facts.get("load_ms"), "peak_mb": row.peak_mb,
                                  "resident": row.resident, "version": row.facts.get("version", ""),
                                  "cold": row.cold or None}
         for graph in GRAPHS:
-            entry[graph] = _graph(row, graph, eager, against)
+            entry[graph] = _graph(row, graph, eager, other)
         out.append(entry)
     return out
 
 
-def _graph(row: Measured, graph: str, eager: Measured | None, against: Measured | None) -> dict[str, Any] | None:
+def _graph(row: Measured, graph: str, eager: Measured | None, other: Measured | None) -> dict[str, Any] | None:
     if row.status != "ok" or not row.times[graph]:
         return None
     data = {**summary([t for times in row.times[graph] for t in times]), "first_ms": row.facts["first_ms"][graph]}
-    for name, other in (("times_pytorch", eager), ("times_against", against)):
-        if other is not None and other.times[graph]:
-            data[name] = ratio(other.times[graph], row.times[graph])
+    for name, base in (("times_pytorch", eager), ("times_against", other)):
+        if base is not None and base.times[graph]:
+            data[name] = ratio(base.times[graph], row.times[graph])
     return data
 
 
@@ -142,7 +152,7 @@ def _untimed(target: Target) -> bool:
 
 
 @contextmanager
-def _opened(rows: list[Measured], cache: Path, report: Report) -> Iterator[dict[int, Worker]]:
+def _opened(rows: list[Measured], caches: list[Path], report: Report) -> Iterator[dict[int, Worker]]:
     """Row index -> its worker; what cannot be opened becomes a status, and what finds no room a guest."""
     workers: dict[int, Worker] = {}
     available = available_mb()
@@ -153,7 +163,7 @@ def _opened(rows: list[Measured], cache: Path, report: Report) -> Iterator[dict[
                 row.status = EVALUATOR_NOTE
                 continue
             report(f"opening {row.target.label}")
-            worker = Worker(row.target, cache)
+            worker = Worker(row.target, caches[i])
             if "problem" in worker.facts:
                 row.status = str(worker.facts["problem"])
                 worker.close()

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ class Worker:
     """A target's process.
 
     Attributes:
+        cache: folder that compiled models are kept in, of the engines and of torch.compile.
         facts: of the opening, or ``problem``.
     """
 
@@ -33,7 +35,8 @@ class Worker:
         command = [sys.executable, "-m", "pocketsam.benchmarks.worker", json.dumps(asdict(self.target))]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL, encoding="utf-8",
-                                        env={**os.environ, "POCKETSAM_CACHE": str(self.cache)})
+                                        env={**os.environ, "POCKETSAM_CACHE": str(self.cache),
+                                             "TORCHINDUCTOR_CACHE_DIR": str(self.cache / "inductor")})
         self.facts = self._read()
         self._pause()
 
@@ -56,9 +59,12 @@ class Worker:
         """End the process."""
         self.process.kill()
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            pipe.close()
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        # A line that the process died too early to read is flushed once more.
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None

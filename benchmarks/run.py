@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from pocketsam.benchmarks.results import header, mark_slower, precision_of, to_c
 from pocketsam.benchmarks.targets import EVALUATOR_NOTE, Target, open_target, target_of, targets_of
 from pocketsam.bundle import Bundle, read_bundle
 from pocketsam.doctor import machine
-from pocketsam.errors import BenchmarkError, UnknownName
+from pocketsam.errors import BenchmarkError, PocketSamError, UnknownName, UsageError
 from pocketsam.files import staged_file
 from pocketsam.images import load_rgb
 from pocketsam.parity import compare
@@ -39,7 +40,7 @@ class Options:
         threads: CPU threads, one set of rows for each.
         plan: rounds and calls.
         checkpoint: of the PyTorch reference; the built-in model needs none.
-        against: a runtime that ratios are taken to as well, or empty.
+        against: a runtime that ratios of the same thread count are taken to as well, or empty.
         data: labelled pack or COCO folder for accuracy; without, the agreement measured at export stands.
         images, prompts, regions: size of the accuracy part.
         compiled: measure torch.compile too.
@@ -69,47 +70,48 @@ class Options:
 def run(bundle: Path, options: Options, out: Path, report: Report) -> dict[str, Any]:
     """Measure a bundle and write ``bench.json``, ``bench.csv`` and ``bench.html`` into ``out``.
 
-    After every round, the floor and every row of accuracy the JSON is written with ``complete`` false, so that an
-    interrupted run leaves its numbers.
+    After every round, the floor and every row of accuracy all three are written with ``complete`` false, so that an
+    interrupted run leaves its numbers; before the first round what the folder held stays. What cannot be counted,
+    profiled or compared here is left out of its row, and ``report`` is told why.
 
     Raises:
         BundleError: no bundle.
-        BenchmarkError: unusable thread counts or reference.
+        BenchmarkError: unusable thread counts, or nothing could be timed.
+        UsageError: a count below its least.
         LabelError: unusable data.
+        PocketSamError: the PyTorch reference, which ``data`` needs, cannot be opened.
     """
     opened = read_bundle(bundle)
     threads = check_threads(options.threads)
+    check_counts(options)
     computes = check_computes(options.computes)
     targets = [*targets_of(opened, list(threads), options.checkpoint, options.compiled, computes), *options.rivals]
     if options.against and options.against not in {t.runtime for t in targets}:
         raise BenchmarkError(f"no {options.against} in {bundle} to compare against; it has "
                              f"{', '.join(sorted({t.runtime for t in targets}))}.")
     samples = accuracy.open_data(options.data) if options.data else None
+    if samples is not None:
+        # Dropped at once: an error now is worth more than one after all rounds, and the memory is for what is timed.
+        _reference(opened, max(threads), options)
     settings = {"script": "pocketsam bench", "threads": list(threads), **asdict(options.plan)}
     if options.data:
         settings |= {"images": options.images, "prompts_per_image": options.prompts, "regions": options.regions}
     result = header(opened, settings, options.device)
-    last: list[Measured] = []
 
     def keep(rows: list[Measured], calm: dict[str, Any]) -> None:
-        last[:] = rows
         result["rows"], result["calm"] = _rows(opened, rows, options.against), calm
-        write(result, out / RESULT)
+        _save(result, out)
 
     result["calm"] = latency.measure(targets, options.plan, report, keep)
-    if not last:
-        raise BenchmarkError("nothing could be timed: " + "; ".join(
-            f"{t.label}: {EVALUATOR_NOTE}" for t in targets if not t.reference) + ".")
     _add_floor(opened, result, threads, options, report)
-    write(result, out / RESULT)
+    _save(result, out)
     if samples is not None:
-        _add_accuracy(opened, result, samples, options, report, lambda: write(result, out / RESULT))
+        _add_accuracy(opened, result, samples, options, report, lambda: _save(result, out))
     else:
         _add_agreement(opened, result, options, report)
     mark_slower(result["rows"])
     result["complete"] = True
-    write(result, out / RESULT)
-    write_reports([result], out)
+    _save(result, out)
     return result
 
 
@@ -124,6 +126,20 @@ def check_threads(threads: tuple[int, ...]) -> tuple[int, ...]:
         if not 1 <= count <= cores:
             raise BenchmarkError(f"threads is {count}; expected 1 to {cores}, the cores of this machine.")
     return tuple(dict.fromkeys(threads)) or (cores,)
+
+
+def check_counts(options: Options) -> None:
+    """Every number of things to measure.
+
+    Raises:
+        UsageError: one is below its least.
+    """
+    # Half of the prompts are boxes, half are points.
+    for name, value, least in (("rounds", options.plan.rounds, 1), ("images", options.images, 1),
+                               ("prompts", options.prompts, 2), ("regions", options.regions, 1),
+                               ("photos", options.photos, 1)):
+        if value < least:
+            raise UsageError(f"{name} is {value}; expected at least {least}.")
 
 
 def check_computes(computes: tuple[str, ...]) -> tuple[str, ...]:
@@ -145,12 +161,25 @@ def write_reports(results: list[dict[str, Any]], out: Path) -> None:
             staged.write_text(text, encoding="utf-8")
 
 
+def _save(result: dict[str, Any], out: Path) -> None:
+    """All three files, so that a folder never holds those of two runs."""
+    write(result, out / RESULT)
+    write_reports([result], out)
+
+
+@contextmanager
+def _optional(what: str, report: Report) -> Iterator[None]:
+    """What cannot be had here is left out: the times, minutes or hours of work, are kept."""
+    try:
+        yield
+    except PocketSamError as e:
+        report(f"{what} left out: {e}")
+
+
 def _rows(bundle: Bundle, measured: list[Measured], against: str) -> list[dict[str, Any]]:
     """JSON rows in the order of the targets, with what the bundle itself knows."""
-    other = next((m for m in measured if against and m.target.runtime == against), None)
-    numbers = latency.results(measured, other)
     rows = []
-    for m, own in zip(measured, numbers, strict=True):
+    for m, own in zip(measured, latency.results(measured, against), strict=True):
         t = m.target
         row: dict[str, Any] = {"runtime": t.runtime, "format": t.format, "precision": t.precision, "compute": t.compute,
                                "threads": t.threads, "reference": t.reference, "bytes": None, "agreement": None,
@@ -167,23 +196,32 @@ def _rows(bundle: Bundle, measured: list[Measured], against: str) -> list[dict[s
 def _add_floor(bundle: Bundle, result: dict[str, Any], threads: tuple[int, ...], options: Options,
                report: Report) -> None:
     """FLOPs, bytes, distance to the floor, operators."""
-    ceilings = {}
+    ceilings: dict[int, roofline.Ceiling] = {}
     for count in threads:
         report(f"measuring the ceilings of this machine, {count} threads")
-        ceilings[count] = roofline.ceiling(count)
+        with _optional("ceilings", report):
+            ceilings[count] = roofline.ceiling(count)
     result["ceilings"] = [asdict(c) for c in ceilings.values()]
     for row in result["rows"]:
         if row["status"] != "ok" or not row["format"]:
             continue
-        rate = row["precision"] if row["precision"] == "int8" else row["compute"] or row["precision"]
-        for graph in GRAPHS:
-            work = roofline.count(bundle, row["format"], row["precision"], graph)
-            row[graph] |= {"flops": work.flops, "bytes": work.bytes}
-            if ceilings[row["threads"]].rate(rate) is not None:
-                floor = roofline.floor_ms(work, ceilings[row["threads"]], rate)
-                row[graph]["floor"] = {"ms": round(floor, 3), "times_floor": round(row[graph]["p50_ms"] / floor, 2)}
+        name = f"{row['runtime']} {precision_of(row)}"
+        with _optional(f"floor of {name}", report):
+            _add_work(bundle, row, ceilings.get(row["threads"]))
         if options.operators and row["threads"] == max(threads):
-            _add_operators(bundle, row, report)
+            with _optional(f"operators of {name}", report):
+                _add_operators(bundle, row, report)
+
+
+def _add_work(bundle: Bundle, row: dict[str, Any], ceiling: roofline.Ceiling | None) -> None:
+    """FLOPs and bytes of both graphs, and their floor where the machine's rate is known."""
+    rate = row["precision"] if row["precision"] == "int8" else row["compute"] or row["precision"]
+    for graph in GRAPHS:
+        work = roofline.count(bundle, row["format"], row["precision"], graph)
+        row[graph] |= {"flops": work.flops, "bytes": work.bytes}
+        if ceiling is not None and ceiling.rate(rate) is not None:
+            floor = roofline.floor_ms(work, ceiling, rate)
+            row[graph]["floor"] = {"ms": round(floor, 3), "times_floor": round(row[graph]["p50_ms"] / floor, 2)}
 
 
 def _add_operators(bundle: Bundle, row: dict[str, Any], report: Report) -> None:
@@ -210,17 +248,18 @@ def _add_agreement(bundle: Bundle, result: dict[str, Any], options: Options, rep
     rows = [r for r in result["rows"] if r["compute"] and r["status"] == "ok"]
     if not rows:
         return
-    reference = _reference(bundle, result, options)
-    remembered = Predictor(Remembered(reference.runtime))
-    images = [load_rgb(p) for p in photo_paths()[:options.photos]]
-    for row in rows:
-        report(f"agreement of {row['runtime']} {precision_of(row)}")
-        row["agreement"] = compare(remembered, Predictor(open_target(target_of(bundle, row))), images).summary()
+    with _optional(f"agreement in {' and '.join(sorted({r['compute'] for r in rows}))}", report):
+        reference = _reference(bundle, max(result["settings"]["threads"]), options)
+        remembered = Predictor(Remembered(reference.runtime))
+        images = [load_rgb(p) for p in photo_paths()[:options.photos]]
+        for row in rows:
+            report(f"agreement of {row['runtime']} {precision_of(row)}")
+            row["agreement"] = compare(remembered, Predictor(open_target(target_of(bundle, row))), images).summary()
 
 
-def _reference(bundle: Bundle, result: dict[str, Any], options: Options) -> Predictor:
+def _reference(bundle: Bundle, threads: int, options: Options) -> Predictor:
     """PyTorch, in the most threads that are measured."""
-    found = targets_of(bundle, [max(result["settings"]["threads"])], options.checkpoint)
+    found = targets_of(bundle, [threads], options.checkpoint)
     return Predictor(open_target(next(t for t in found if t.reference)))
 
 
@@ -229,7 +268,8 @@ def _add_accuracy(bundle: Bundle, result: dict[str, Any], samples: accuracy.Data
     """Agreement with PyTorch and quality against the labels, once for each runtime and precision; ``keep`` is called
     after each, as one takes minutes.
     """
-    reference = _reference(bundle, result, options)
+    most = max(result["settings"]["threads"])
+    reference = _reference(bundle, most, options)
     report("quality of pytorch fp32")
     truth = accuracy.quality(reference, samples.spread(options.images), options.regions)
     # Every candidate is compared on the same prompts; the labels are asked once.
@@ -242,11 +282,12 @@ def _add_accuracy(bundle: Bundle, result: dict[str, Any], samples: accuracy.Data
             continue
         if not row["format"] or (row["status"] not in ("ok", EVALUATOR_NOTE)):
             continue
-        if pair not in done:
-            report(f"accuracy of {' '.join(pair)}")
-            candidate = Predictor(open_target(target_of(bundle, row, max(result["settings"]["threads"]))))
-            agreed = accuracy.agreement(remembered, candidate, samples, options.images, options.prompts)
-            quality = accuracy.quality(candidate, samples.spread(options.images), options.regions)
-            done[pair] = {"agreement": agreed, "quality": quality, "retention": accuracy.retention(quality, truth)}
-        row |= done[pair]
+        with _optional(f"accuracy of {' '.join(pair)}", report):
+            if pair not in done:
+                report(f"accuracy of {' '.join(pair)}")
+                candidate = Predictor(open_target(target_of(bundle, row, most)))
+                agreed = accuracy.agreement(remembered, candidate, samples, options.images, options.prompts)
+                quality = accuracy.quality(candidate, samples.spread(options.images), options.regions)
+                done[pair] = {"agreement": agreed, "quality": quality, "retention": accuracy.retention(quality, truth)}
+            row |= done[pair]
         keep()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pocketsam.benchmarks import latency
-from pocketsam.benchmarks.compare import compare
+from pocketsam.benchmarks.compare import compare, remarks
 from pocketsam.benchmarks.latency import Measured, Plan, results
 from pocketsam.benchmarks.page import page
 from pocketsam.benchmarks.plots import pareto
@@ -53,6 +53,7 @@ def synthetic(seed: int, slowed: float = 1.0, noise: float = 0.06, rounds: int =
     return {"kind": "pocketsam-bench", "schema": 1, "complete": True, "created": "2026-01-01T00:00:00+00:00",
             "device": "a cpu", "machine": machine, "pocketsam": "0.1.0", "commit": "abc",
             "settings": {"rounds": rounds},
+            "calm": {"rounds": rounds, "repeated": 0, "disturbed": 0, "probe_spread": 0.0},
             "model": {"name": "lite0", "image_size": 512, "weights_sha256": "0"}, "ceilings": [], "rows": out}
 
 
@@ -71,6 +72,17 @@ def test_summary_and_ratio() -> None:
     assert r["value"] == pytest.approx(3, rel=0.02)
     assert r["low"] <= r["value"] <= r["high"]
     assert r["high"] - r["low"] < 0.1
+
+
+def test_ratios_are_taken_to_the_same_thread_count() -> None:
+    """Two threads halve the times of both runtimes, so that every ratio is that of one thread."""
+    rows = [Measured(Target(runtime, precision, threads, "f"), facts={"first_ms": {"encoder": 1.0, "decoder": 1.0}},
+                     times={g: [[ms / threads] * 2] * 3 for g in ("encoder", "decoder")})
+            for threads in (1, 2) for runtime, precision, ms in PAIRS]
+    ratios = [[row[g]["times_against"]["value"] for g in ("encoder", "decoder")]
+              for row in results(rows, "onnxruntime")]
+    assert ratios == [[round(150 / ms, 3)] * 2 for _, _, ms in PAIRS] * 2
+    assert "times_against" not in results(rows)[0]["encoder"]
 
 
 def test_disturbed_rounds_are_found() -> None:
@@ -117,10 +129,18 @@ def test_compare_catches_a_slowed_artifact(seed: int) -> None:
 def test_compare_allows_for_disturbed_rounds() -> None:
     """A run that something else disturbed throughout accuses nothing that its own probe moved as much as."""
     fast, slow = synthetic(0), synthetic(100, slowed=1.3)
-    restless = {"rounds": 4, "repeated": 2, "disturbed": 4, "probe_spread": 0.3}
+    restless = {"rounds": 8, "repeated": 2, "disturbed": 8, "probe_spread": 0.3}
     assert any(c.worse for c in compare(fast, slow))
     assert not [c for c in compare({**fast, "calm": restless}, slow) if c.measure == "latency"]
-    assert any(c.worse for c in compare({**fast, "calm": {**restless, "disturbed": 1}}, slow))
+    assert any(c.worse for c in compare({**fast, "calm": {**restless, "disturbed": 2}}, slow))
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_few_rounds_accuse_only_what_changed_by_half(rounds: int) -> None:
+    runs = [synthetic(seed, rounds=rounds) for seed in range(80)]
+    assert not [found for i in range(40) if (found := compare(runs[i], runs[i + 40]))]
+    assert any(c.worse for c in compare(runs[0], synthetic(100, slowed=2.0, rounds=rounds)))
+    assert any("by more than 50%" in line for line in remarks(runs[0], synthetic(0)))
 
 
 def test_compare_names_what_else_became_worse() -> None:
@@ -132,11 +152,43 @@ def test_compare_names_what_else_became_worse() -> None:
         ("onnxruntime fp32", "size"), ("litert fp32", "agreement"), ("litert int8", "status")}
 
 
-def test_compare_refuses_other_models() -> None:
+@pytest.mark.parametrize(("part", "name", "value", "message"), [
+    ("model", "name", "mobile_sam", "models lite0 and mobile_sam; compare results of one model"),
+    ("model", "image_size", 1024, "input sides 512 and 1024; compare results of one input side"),
+    ("machine", "cpu", "another", "processors a cpu and another; compare results of one machine"),
+])
+def test_compare_refuses_what_is_not_alike(part: str, name: str, value: object, message: str) -> None:
     other = synthetic(0)
-    other["model"] = {**other["model"], "name": "mobile_sam"}
-    with pytest.raises(BenchmarkError, match="compare one model"):
+    other[part][name] = value
+    with pytest.raises(BenchmarkError, match=message):
         compare(synthetic(0), other)
+
+
+def test_a_row_that_vanished_is_worse() -> None:
+    old, new = synthetic(0), synthetic(0)
+    del new["rows"][2]
+    assert [(c.what, c.measure, c.before, c.after, c.worse) for c in compare(old, new)] == [
+        ("litert fp32, 2 threads", "status", "ok", "missing", True)]
+    assert compare(new, old) == []
+
+
+def test_compare_remarks_on_unfinished_results_and_other_weights() -> None:
+    old, new = synthetic(0), synthetic(0)
+    assert remarks(old, new) == []
+    new["complete"] = False
+    new["model"]["weights_sha256"] = "1"
+    assert remarks(old, new) == ["the new result is partial: its run did not end",
+                                 "the results are of different weights of lite0"]
+
+
+@pytest.mark.parametrize("other", [{"images": 60}, {"seed": 0}, {"prompts_per_image": 6},
+                                   {"box": {"prompts": 20, "mean": 0.9}}])
+def test_agreement_is_compared_on_the_same_prompts_only(other: dict[str, Any]) -> None:
+    old, new = synthetic(0), synthetic(0)
+    new["rows"][2]["agreement"] = {**agreement(0.9), **other}
+    assert compare(old, new) == []
+    line, = remarks(old, new)
+    assert line.endswith("not compared, of litert fp32, 2 threads")
 
 
 def test_slower_but_less_accurate_is_marked() -> None:
@@ -168,6 +220,16 @@ def test_bad_results_get_one_sentence(tmp_path: Path, text: str, message: str) -
         read(tmp_path / "bad.json")
     with pytest.raises(BenchmarkError, match="cannot be read"):
         read(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(("part", "value", "lacking"), [
+    ("model", {}, "model.name"), ("model", [], "model"), ("machine", {"python": "3.11"}, "machine.system"),
+    ("settings", None, "settings"), ("created", 1, "created"), ("rows", [{}], "rows"),
+])
+def test_a_result_that_lacks_a_part_names_it(tmp_path: Path, part: str, value: object, lacking: str) -> None:
+    write({**synthetic(0), part: value}, tmp_path / "bad.json")
+    with pytest.raises(BenchmarkError, match=rf"lacks parts of a benchmark result \(.*{lacking}"):
+        read(tmp_path / "bad.json")
 
 
 class Balance(HTMLParser):

@@ -1,4 +1,4 @@
-"""The generated page of models: which measurements reach it, and what it says of models without any."""
+"""The generated pages of models and benchmarks: which measurements reach them, and what is said without any."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ from typing import Any
 
 import pytest
 
-TOOL = Path(__file__).parents[1] / "tools" / "make_models_doc.py"
+TOOLS = Path(__file__).parents[1] / "tools"
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_models_doc", TOOL)
+def imported(name: str) -> ModuleType:
+    """A tool as a module."""
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look themselves up there
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    return imported("make_models_doc")
 
 
 def row(runtime: str, precision: str, ratio: float, size: int = 0) -> dict[str, Any]:
@@ -99,3 +104,38 @@ def test_what_is_not_measured_again_stays(tool: ModuleType) -> None:
     again = tool.document(names, {"edgetam": measured("edgetam")}, page)
     assert "Fold" not in again
     assert "for edgetam with 2 threads" in again
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_benchmark_that_was_stopped_after_its_run_is_not_published(
+        trained: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rivals and whether the weights are official come after the run, which has called its result complete."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    # The tool sets it for its workers.
+    monkeypatch.setenv("PYTHONPATH", "")
+    bench_docs = imported("bench_docs")
+
+    def measures_again(*args: object) -> None:
+        raise InterruptedError
+
+    result = {**measured("edge_sam"), "kind": "pocketsam-bench", "schema": 1, "created": "2026", "device": "Some CPU",
+              "pocketsam": "0.1.0"}
+    for row_ in result["rows"]:
+        row_ |= {"threads": 2, "status": "not timed"}
+        del row_["encoder"]
+    result["model"] |= {"image_size": 1024, "weights_sha256": "0", **({"trained": True} if trained else {})}
+    (tmp_path / "edge_sam").mkdir()
+    (tmp_path / "edge_sam" / "bench.json").write_text(json.dumps(result))
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(bench_docs, "ROOT", tmp_path)
+    monkeypatch.setattr(bench_docs, "find_checkpoint", measures_again)
+    monkeypatch.setattr(sys, "argv", ["bench_docs.py", str(tmp_path), "--write"])
+    bench_docs.main()
+    assert ("## edge_sam" in (tmp_path / "docs" / "benchmarks.md").read_text("utf-8")) == trained
+    monkeypatch.setattr(sys, "argv", ["bench_docs.py", str(tmp_path), "edge_sam"])
+    if trained:
+        bench_docs.main()
+        assert "edge_sam: measured before" in capsys.readouterr().out
+    else:
+        with pytest.raises(InterruptedError):
+            bench_docs.main()

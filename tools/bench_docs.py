@@ -8,7 +8,7 @@ the folder stay. One command, resumable:
 Models without a checkpoint ``FOLDER/MODEL.pt`` get deterministic, untrained weights: speed and size do not depend on
 them, and their agreement says how exact the export is; their int8 files are not held to a gate, and ``--data`` is not
 asked of them. Official files are known by their sha256. A bundle in the folder
-that holds everything is not exported again, a model whose ``bench.json`` is complete is not measured again. What
+that holds everything is not exported again, a model whose ``bench.json`` is finished is not measured again. What
 a format that refuses a model says is kept in the model's folder. ``--discard`` removes what was exported.
 """
 
@@ -92,7 +92,7 @@ def main() -> None:
     target = ROOT / "docs" / "benchmarks.md"
     made = sections(target.read_text(encoding="utf-8")) if target.exists() else {}
     measured = {p.parent.name: read(p) for p in sorted(args.work.glob(f"*/{RESULT}"))}
-    made |= {name: section(result) for name, result in measured.items() if result["complete"]}
+    made |= {name: section(result) for name, result in measured.items() if finished(result)}
     ordered = [made[m] for m in (*MODELS, *[m for m in REGISTERED if m not in MODELS]) if m in made]
     target.write_text(page(INTRO, ordered), encoding="utf-8")
 
@@ -100,7 +100,7 @@ def main() -> None:
 def measure(model: str, args: argparse.Namespace) -> None:
     """Export what is missing, then benchmark with the rivals in the same rounds."""
     folder = args.work / model
-    if (folder / RESULT).exists() and read(folder / RESULT)["complete"]:
+    if (folder / RESULT).exists() and finished(read(folder / RESULT)):
         print(f"{model}: measured before")
         return
     checkpoint = find_checkpoint(model, args.checkpoints or args.work)
@@ -123,6 +123,11 @@ def measure(model: str, args: argparse.Namespace) -> None:
     if args.discard:
         shutil.rmtree(bundle)
         shutil.rmtree(args.work / f"{model}.rivals", ignore_errors=True)
+
+
+def finished(result: dict[str, Any]) -> bool:
+    """Whether a result is complete and got what is added after the run: ``trained`` is the last of it."""
+    return result["complete"] and "trained" in result["model"]
 
 
 def export(model: str, checkpoint: Path | None, bundle: Path, folder: Path, calibration: Path | None) -> None:

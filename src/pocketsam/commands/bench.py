@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from pocketsam.commands.console import Json, err, escape, names, out, print_json, progress, table
-from pocketsam.errors import BenchmarkError, UsageError
+from pocketsam.errors import BenchmarkError
 
 
 class DefaultGroup(TyperGroup):
@@ -53,17 +53,19 @@ def run(
 
     plan = QUICK if quick else Plan()
     if rounds is not None:
-        if rounds < 1:
-            raise UsageError(f"rounds is {rounds}; expected at least 1.")
         plan = replace(plan, rounds=rounds)
     options = Options(_counts(threads), plan, str(checkpoint or ""), against, data, images, compiled=torch_compile,
                       operators=not quick, device=device, computes=tuple(names(compute)))
+    kept = output / RESULT
+    before = _written(kept)
     try:
         result = measure(bundle, options, output, lambda t: progress(t, json_))
     except KeyboardInterrupt:
-        kept = output / RESULT
-        err.print(f"interrupted; what was measured is in {kept}, marked as partial" if kept.exists() else "interrupted",
-                  highlight=False)
+        if _written(kept) != before:
+            found = f"what was measured is in {kept}, marked as partial"
+        else:
+            found = "nothing was measured yet" + (f", and {kept} is that of an earlier run" if before else "")
+        err.print(f"interrupted: {found}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     if json_:
         print_json(result)
@@ -78,13 +80,17 @@ def compare(
     new: Annotated[Path, typer.Argument(help="bench.json from after.")],
     json_: Json = False,
 ) -> None:
-    """Say what became slower, larger or less accurate beyond noise; exit code 1 if anything did."""
+    """Say what became slower, larger or less accurate beyond noise, or is missing; exit code 1 if anything did."""
     from dataclasses import asdict
 
     from pocketsam.benchmarks.compare import compare as changes
+    from pocketsam.benchmarks.compare import remarks
     from pocketsam.benchmarks.results import read
 
-    found = changes(read(old), read(new))
+    results = read(old), read(new)
+    found = changes(*results)
+    for line in remarks(*results):
+        err.print(f"note: {escape(line)}", highlight=False, soft_wrap=True)
     if json_:
         print_json([asdict(c) for c in found])
     elif not found:
@@ -121,6 +127,11 @@ def show(result: dict[str, Any]) -> None:
         shown.add_row(*(escape(c) for c in cells(row)))
     out.print(shown)
     out.print(facts(result), highlight=False)
+
+
+def _written(path: Path) -> int:
+    """When a file was written, in nanoseconds; 0 where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def _counts(text: str) -> tuple[int, ...]:
