@@ -74,9 +74,9 @@ def convert_all(tasks: Sequence[Conversion], model: SegmentAnything, source: Sou
         return
     # Fresh processes: converters start threads, which a fork does not survive.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _start, (source, jobs)) as pool:
+    with ProcessPoolExecutor(jobs, context, _start, (jobs,)) as pool:
         # The formats that convert slowest come last in the table; begun first, they leave no process idle at the end.
-        pending = {pool.submit(_convert_here, task): task for task in reversed(tasks)}
+        pending = {pool.submit(_convert_here, source, task): task for task in reversed(tasks)}
         report(f"exporting {len(tasks)} graphs in {jobs} processes")
         try:
             for done in as_completed(pending):
@@ -101,18 +101,22 @@ def module(exporter: Any, model: SegmentAnything, graph: str, slots: int) -> Gra
 def _convert(model: SegmentAnything, slots: int, task: Conversion) -> None:
     exporter = registry.load("format", task.format)
     graph = module(exporter, model, task.graph, slots)
-    exporter.export(graph, model.spec.graphs(slots)[task.graph], task.precision, task.path)
+    # Under its own name it appears when it is whole: other formats are made from it, perhaps in another process.
+    hidden = task.path.with_name(f".{task.path.name}")
+    exporter.export(graph, model.spec.graphs(slots)[task.graph], task.precision, hidden)
+    hidden.rename(task.path)
 
 
-# The model and the slots of a process that converts.
-_held: list[tuple[SegmentAnything, int]] = []
+# The model of a process that converts.
+_held: list[SegmentAnything] = []
 
 
-def _start(source: Source, jobs: int) -> None:
+def _start(jobs: int) -> None:
     torch.set_num_threads(max(1, machine()["cores"] // jobs))
-    _held[:] = [(source.load(), source.slots)]
 
 
-def _convert_here(task: Conversion) -> None:
-    model, slots = _held[0]
-    _convert(model, slots, task)
+def _convert_here(source: Source, task: Conversion) -> None:
+    """Loads the model in the first task, so that an error comes back as itself."""
+    if not _held:
+        _held.append(source.load())
+    _convert(_held[0], source.slots, task)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import io
 import logging
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -57,19 +58,26 @@ class CoreMlExporter:
         """Convert one graph and write its package."""
         if not spec.batched:
             module = PlanarImage(graph).eval() if isinstance(graph, EncoderGraph) else graph
-            convert(module, spec, precision, 1).save(str(path))
-            # A debugging map that coremltools leaves beside the model; Core ML does not read it.
-            (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
+            save(convert(module, spec, precision, 1), path)
             return
         ct = coremltools()
         with tempfile.TemporaryDirectory() as folder, quiet():
             functions = ct.utils.MultiFunctionDescriptor()
             for batch in ENTRY_BATCHES:
-                single = str(Path(folder) / f"{batch}.mlpackage")
-                convert(graph, spec, precision, batch).save(single)
-                functions.add_function(single, "main", function_name(batch))
+                single = Path(folder) / f"{batch}.mlpackage"
+                save(convert(graph, spec, precision, batch), single)
+                functions.add_function(str(single), "main", function_name(batch))
             functions.default_function_name = function_name(ENTRY_BATCHES[0])
             ct.utils.save_multifunction(functions, str(path))
+
+
+def save(model: Any, path: Path) -> None:
+    """Write an ``MLModel``, and remove the copy that coremltools keeps in the temporary folder until Python ends."""
+    model.save(str(path))
+    # A debugging map that coremltools leaves beside the model; Core ML does not read it.
+    (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
+    if model.is_temp_package:
+        shutil.rmtree(model.package_path)
 
 
 class PlanarImage(nn.Module):

@@ -19,6 +19,9 @@ from pocketsam.batching import ENTRY_BATCHES
 from pocketsam.export.graphs import Graph, example_inputs
 from pocketsam.specs import GraphSpec
 
+# Settings of the converter's C++ part: no remarks, and no graphics card.
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+
 
 class LiteRtExporter:
     """Writes ``litert/<graph>.<precision>.tflite``: signature ``encode``, or ``decode_1`` and ``decode_16``.
@@ -100,8 +103,8 @@ def _half_weights(source: Path, target: Path) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """litert-torch prints a line per pass, the quantizer draws bars, and the C++ part logs to standard error."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    added = {k: v for k, v in QUIET.items() if k not in os.environ}
+    os.environ.update(added)
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -111,3 +114,5 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+        for name in added:
+            os.environ.pop(name, None)

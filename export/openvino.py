@@ -39,7 +39,8 @@ class OpenVinoExporter:
         with tempfile.TemporaryDirectory() as folder:
             # The same export made the ONNX artifact of this graph a moment ago, where both formats are asked for.
             source = path.parents[1] / "onnx" / f"{spec.name}.fp32.onnx"
-            if not source.exists():
+            # A path that is no bundle's has strangers beside it.
+            if path.parent.name != OpenVinoExporter.name or not source.exists():
                 source = Path(folder) / "graph.onnx"
                 OnnxExporter.export(graph, spec, "fp32", source)
             model = ov.convert_model(onnx_file(source))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
@@ -16,17 +15,18 @@ from typing import Any
 import pocketsam
 from pocketsam import registry
 from pocketsam.api import open_bundle
-from pocketsam.bundle import MANIFEST, Artifact, Bundle, read_bundle, to_json
-from pocketsam.errors import BundleError, OutputError, ParityError, UnknownName, UnsupportedModel, UsageError
+from pocketsam.bundle import MANIFEST, Artifact, Bundle, to_json
+from pocketsam.errors import ParityError, UnknownName, UnsupportedModel, UsageError
 from pocketsam.export import rewrites
 from pocketsam.export.conversions import Conversion, Source, convert_all, module
+from pocketsam.export.existing import bring, carry_over, check_same, existing
 from pocketsam.export.graphs import Graph, bytes_of
 from pocketsam.files import sha256_file, sha256_path, size_of, staged_folder
 from pocketsam.images import ImageLike, Rgb, load_rgb
 from pocketsam.models.catalog import spec as spec_of
 from pocketsam.models.checkpoints import licence_of
 from pocketsam.models.loading import load_model, weights_sha256
-from pocketsam.parity import GATES, compare, compare_clicks
+from pocketsam.parity import GATES, compare, compare_clicks, photos_id
 from pocketsam.photos import CALIBRATION_IMAGES, photo_paths
 from pocketsam.predictor import Predictor
 from pocketsam.specs import CLICK_GRAPHS, DEFAULT_SLOTS, GraphSpec, ModelSpec, TensorSpec
@@ -64,12 +64,13 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
         UnsupportedModel: the weights are too large for a format.
         ParityError: an artifact misses its gate. Nothing is written if it is a float one; else everything but the int8
             pairs that miss theirs.
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or holds a bundle of another model, input side, number of slots or
+            other weights.
     """
     exporters = _check(formats, precisions, slots, gate, jobs)
     recipes = [p for p in precisions if p in registry.RECIPES]
     asked, precisions = precisions, _floats(precisions)
-    old = _existing(out)
+    old = existing(out)
     rgbs = [load_rgb(i) for i in images] if images else [load_rgb(p) for p in photo_paths()[:PARITY_IMAGES]]
     report(f"loading {checkpoint}")
     image_size = None if image_size == spec_of(model).image_size else image_size
@@ -85,23 +86,28 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
         weights["native_agreement"] = native_agreement(model, checkpoint, image_size, rgbs)
     spec = loaded.spec
     _check_sizes(loaded, exporters)
+    check_same(old, spec, sha256, slots)
     rewrites.prepare(loaded)
     misses: list[str] = []
-    same = old is not None and (old.weights_sha256, old.slots, old.spec) == (sha256, slots, spec)
-    kept = list(old.artifacts) if old is not None and same else []
-    tools = {"pocketsam": pocketsam.__version__, "python": platform.python_version()}
+    if old is not None and old.spec != spec:
+        report(f"{out} was made by another version of pocketsam and is made anew")
+        old = None
+    kept = [] if old is None else list(old.artifacts)
+    tools = {**({} if old is None else old.tools), "pocketsam": pocketsam.__version__,
+             "python": platform.python_version()}
     with staged_folder(out) as staging:
         for exporter in exporters:
             tools |= exporter.tools()
         source = Source(model, checkpoint, image_size, slots)
         rows = _make(source, loaded, exporters, precisions, clicks, sha256, kept, old, staging, jobs, report)
-        rows += _carry_over(kept, rows, old, staging, recipes)
+        rows += carry_over(kept, rows, old, staging, recipes)
         floats = loaded if recipes else None
         del loaded
         gc.collect()
         bundle = Bundle(staging, spec, slots, weights, tools, tuple(rows))
-        bundle = _prove(bundle, checkpoint, image_size, exporters, precisions, gate if not recipes else None, rgbs,
-                        report)
+        # The gate of an int8 export is not for the float artifacts that it starts from.
+        bundle = _prove(bundle, checkpoint, image_size, exporters, precisions, None if recipes else gate, rgbs,
+                        not recipes, report)
         if recipes:
             reference = registry.load("runtime", "pytorch").from_checkpoint(model, checkpoint, image_size=image_size)
             def converted(graph: str, format_: str) -> Graph:
@@ -137,6 +143,10 @@ def _check(formats: Sequence[str], precisions: Sequence[str], slots: int, gate: 
         if precision not in registry.RECIPES and not any(precision in e.precisions for e in exporters):
             known = {p for e in exporters for p in e.precisions}
             raise UnknownName("precision", precision, {*known, *registry.RECIPES})
+    for recipe in (p for p in precisions if p in registry.RECIPES):
+        # A format without the recipe is reported when its turn comes; here it matters that some format has it.
+        registry.entry("pocketsam.quantize.build:available")([(e.name, e.runtime) for e in exporters], recipe,
+                                                             lambda text: None)
     return exporters
 
 
@@ -152,22 +162,6 @@ def _floats(precisions: Sequence[str]) -> list[str]:
     """What to convert from torch: the float precisions, and fp32 where an int8 recipe starts from it."""
     floats = [p for p in precisions if p not in registry.RECIPES]
     return floats if "fp32" in floats or len(floats) == len(precisions) else ["fp32", *floats]
-
-
-def _existing(out: Path) -> Bundle | None:
-    """The bundle that is already there; refuses to replace a folder that is anything else, or an unwritable place."""
-    parent = next(p for p in (out.parent, *out.parent.parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(f"cannot write {out}: {parent} is not a writable folder; choose another place.")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    if not (out / MANIFEST).is_file():
-        raise OutputError(f"{out} exists and is not a bundle; choose another folder or remove it.")
-    try:
-        return read_bundle(out)
-    except BundleError:
-        # A damaged or foreign-version bundle cannot be extended; it is replaced only when the new one is complete.
-        return None
 
 
 def _make(source: Source, model: Any, exporters: Sequence[Any], precisions: Sequence[str], clicks: bool, sha256: str,
@@ -186,9 +180,9 @@ def _make(source: Source, model: Any, exporters: Sequence[Any], precisions: Sequ
                 relative = f"{exporter.name}/{name}.{precision}.{exporter.extension}"
                 key = _key(spec, graph, exporter, precision, sha256)
                 same = next((a for a in kept if a.path == relative and a.key == key), None)
-                if same is not None and old is not None and _copy(old, same, staging / relative):
+                if same is not None and old is not None and (row := bring(old, same, staging)):
                     report(f"kept {relative}")
-                    rows.append(same)
+                    rows.append(row)
                     continue
                 (staging / relative).parent.mkdir(exist_ok=True)
                 tasks.append(Conversion(exporter.name, name, precision, staging / relative))
@@ -199,44 +193,17 @@ def _make(source: Source, model: Any, exporters: Sequence[Any], precisions: Sequ
             for r in rows]
 
 
-def _copy(old: Bundle, row: Artifact, path: Path) -> bool:
-    """Bring an unchanged artifact over; False if the old file is no longer intact."""
-    try:
-        source = old.file(row)
-    except BundleError:
-        return False
-    path.parent.mkdir(exist_ok=True, parents=True)
-    if source.is_dir():
-        shutil.copytree(source, path)
-    else:
-        shutil.copyfile(source, path)
-    return True
-
-
-def _carry_over(kept: list[Artifact], rows: list[Artifact], old: Bundle | None, staging: Path,
-                remade: Sequence[str]) -> list[Artifact]:
-    """Artifacts of other formats and precisions that the existing bundle holds for the same weights."""
-    made = {(r.path, r.precision) for r in rows}
-    formats = {r.format for r in rows}
-    out: list[Artifact] = []
-    for a in kept:
-        wanted = (a.path, a.precision) not in made and not (a.precision in remade and a.format in formats)
-        if old is not None and wanted and ((staging / a.path).exists() or _copy(old, a, staging / a.path)):
-            out.append(a)
-    return out
-
-
 def _quantize(bundle: Bundle, reference: Any, exporters: Sequence[Any], recipes: Sequence[str], module: Any,
               gate: float | None, images: list[Rgb], calibration: Any, seconds: float, kept: list[Artifact],
               old: Bundle | None, report: Report) -> tuple[Bundle, list[str]]:
     """The int8 stage and what missed its gate there; ``pocketsam.quantize`` builds on this package, so it is looked up
     by name.
     """
-    def copy(row: Artifact) -> bool:
-        return old is not None and ((bundle.root / row.path).exists() or _copy(old, row, bundle.root / row.path))
+    def brought(row: Artifact) -> Artifact | None:
+        return None if old is None else bring(old, row, bundle.root)
 
     stage = registry.entry("pocketsam.quantize.build:Stage")(
-        module, reference, images, calibration, gate, seconds, kept, copy, report)
+        module, reference, images, calibration, gate, seconds, kept, brought, report)
     done, misses = registry.entry("pocketsam.quantize.build:quantize")(
         bundle, [(e.name, e.runtime) for e in exporters], recipes, stage)
     tools = dict(bundle.tools)
@@ -265,19 +232,23 @@ def native_agreement(model: str, checkpoint: Path, image_size: int, images: list
 
 
 def _prove(bundle: Bundle, checkpoint: Path, image_size: int | None, exporters: Sequence[Any],
-           precisions: Sequence[str], gate: float | None, images: list[Rgb], report: Report) -> Bundle:
-    """Measure each new pair of graphs against a fresh, unmodified PyTorch model."""
+           precisions: Sequence[str], gate: float | None, images: list[Rgb], gates: bool, report: Report) -> Bundle:
+    """Measure each pair of graphs against a fresh, unmodified PyTorch model; kept ones that were measured below this
+    gate or on other photos too, where ``gates`` says so.
+    """
     open_reference = registry.load("runtime", "pytorch").from_checkpoint
     reference = Predictor(open_reference(bundle.spec.name, checkpoint, image_size=image_size))
+    photos = photos_id(images)
     rows = list(bundle.artifacts)
     for exporter in exporters:
         for precision in precisions:
             made = [i for i, a in enumerate(rows) if (a.format, a.precision) == (exporter.name, precision)]
-            if not made or all(rows[i].measured for i in made):
+            limit = GATES[precision] if gate is None else gate
+            least = (limit, photos) if gates else None
+            if all(_proven(rows[i], least) for i in made):
                 continue
             report(f"measuring {exporter.name} {precision} on {len(images)} images")
             candidate = Predictor(open_bundle(bundle, exporter.runtime, precision))
-            limit = GATES[precision] if gate is None else gate
             clicks = [i for i in made if rows[i].graph in CLICK_GRAPHS]
             for part, measure in (([i for i in made if i not in clicks], compare), (clicks, compare_clicks)):
                 if not part:
@@ -290,8 +261,17 @@ def _prove(bundle: Bundle, checkpoint: Path, image_size: int | None, exporters: 
                         f"{measured['all']['mean']:.4f} (worst {measured['all']['worst']:.4f}), below the gate of "
                         f"{limit}; nothing was written.")
                 for i in part:
-                    rows[i] = replace(rows[i], measured={"runtime": exporter.runtime, "gate": limit, **measured})
+                    rows[i] = replace(rows[i], measured={"runtime": exporter.runtime, "gate": limit,
+                                                         "photos": photos, **measured})
     return replace(bundle, artifacts=tuple(rows))
+
+
+def _proven(row: Artifact, least: tuple[float, str] | None) -> bool:
+    """Whether an artifact was measured; if asked, at this gate or above it and on these photos."""
+    if least is None or not row.measured:
+        return bool(row.measured)
+    gate, photos = least
+    return row.measured.get("photos") == photos and float(row.measured.get("gate", 0)) >= gate
 
 
 def _key(spec: ModelSpec, graph: GraphSpec, exporter: Any, precision: str, sha256: str) -> str:

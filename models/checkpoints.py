@@ -69,7 +69,7 @@ CHECKPOINTS = (
 )
 
 _VIT = "image_encoder.pos_embed"
-_HQ = "mask_decoder.compress_vit_feat.0.weight"
+HQ_KEY = "mask_decoder.compress_vit_feat.0.weight"
 _EVIT_XL = "image_encoder.neck.input_ops.0.op_list.0.conv.weight"
 _EVIT_NECK = "image_encoder.neck.middle.op_list"
 _FUSED = "main.spatial_conv.conv.weight"
@@ -78,8 +78,8 @@ _HIERA = "image_encoder.trunk.pos_embed"
 # Keys with shapes that tell the families apart; more specific entries first (an HQ model also looks like plain SAM).
 FINGERPRINTS: dict[str, dict[str, tuple[int, ...]]] = {
     "lite0": {"image_encoder.trunk.stem.c.weight": (32, 3, 3, 3)},
-    "sam_hq_vit_b": {_HQ: (768, 256, 2, 2)},
-    "sam_hq_vit_tiny": {_HQ: (160, 256, 2, 2)},
+    "sam_hq_vit_b": {HQ_KEY: (768, 256, 2, 2)},
+    "sam_hq_vit_tiny": {HQ_KEY: (160, 256, 2, 2)},
     "sam_vit_b": {_VIT: (1, 64, 64, 768)},
     "sam_vit_l": {_VIT: (1, 64, 64, 1024)},
     "sam_vit_h": {_VIT: (1, 64, 64, 1280)},

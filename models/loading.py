@@ -16,7 +16,7 @@ from torch import Tensor
 from pocketsam import registry
 from pocketsam.errors import CheckpointError, UsageError
 from pocketsam.models.catalog import spec as spec_of
-from pocketsam.models.checkpoints import FINGERPRINTS
+from pocketsam.models.checkpoints import FINGERPRINTS, HQ_KEY
 from pocketsam.models.keys import rename
 from pocketsam.models.sam import SegmentAnything
 
@@ -41,8 +41,9 @@ def load_model(name: str, checkpoint: Path, image_size: int | None = None) -> Se
     official = read_state_dict(checkpoint)
     state = translate(spec_of(name).family, official)
     with torch.device("meta"):
-        expected = {k: v.shape for k, v in build().state_dict().items()}
-    _check_keys(name, checkpoint, state, expected, official)
+        wanted = build().state_dict()
+    _check_keys(name, checkpoint, state, {k: v.shape for k, v in wanted.items()}, official)
+    _check_kinds(checkpoint, state, wanted)
     model: SegmentAnything = build()
     model.load_state_dict(state, strict=False, assign=False)
     del state, official
@@ -60,12 +61,16 @@ def read_state_dict(path: Path) -> StateDict:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise CheckpointError(f"checkpoint {path} {what}; pass the file that `pocketsam models` lists for this model.")
     try:
+        if zipfile.is_zipfile(path):
+            _check_stored(path)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             data: Any = load_file(path)
         else:
             data = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as e:
         raise CheckpointError(f"checkpoint {path} is damaged or holds more than weights, and was not executed "
                               f"({_first_line(e)}); download it again from the official place.") from e
@@ -74,6 +79,14 @@ def read_state_dict(path: Path) -> StateDict:
     except Exception as e:  # safetensors raises its own class, which must not be imported to be caught
         raise CheckpointError(f"checkpoint {path} is damaged ({_first_line(e)}); download it again.") from e
     return _unwrap(data, path)
+
+
+def _check_stored(path: Path) -> None:
+    """Refuse packed archives: torch writes none, and a small one may unfold to any size."""
+    with zipfile.ZipFile(path) as archive:
+        if any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()):
+            raise CheckpointError(f"checkpoint {path} is a compressed archive; expected a file of torch.save, so "
+                                  "unpack it first.")
 
 
 def translate(family: str, official: StateDict) -> StateDict:
@@ -95,6 +108,9 @@ def weights_sha256(model: torch.nn.Module) -> str:
 def identify(keys: dict[str, tuple[int, ...]]) -> str | None:
     """The known architecture that a state dict's keys and shapes look like, or None."""
     for name, prints in FINGERPRINTS.items():
+        # Plain SAM is part of an HQ model, of which some sizes are not known here.
+        if HQ_KEY in keys and HQ_KEY not in prints:
+            continue
         if all(keys.get(k) == shape for k, shape in prints.items()):
             return name
     return None
@@ -115,11 +131,11 @@ def recognise(checkpoint: Path) -> str:
 
 
 def _unwrap(data: Any, path: Path) -> StateDict:
-    while isinstance(data, dict) and not any(isinstance(v, Tensor) for v in data.values()):
-        inner = next((data[k] for k in WRAPPERS if isinstance(data.get(k), dict)), None)
-        if inner is None:
+    # A dictionary may hold itself.
+    for _ in WRAPPERS:
+        if not isinstance(data, dict) or any(isinstance(v, Tensor) for v in data.values()):
             break
-        data = inner
+        data = next((data[k] for k in WRAPPERS if isinstance(data.get(k), dict)), None)
     if not isinstance(data, dict) or not any(isinstance(v, Tensor) for v in data.values()):
         raise CheckpointError(f"checkpoint {path} holds no weights; expected a state dict, bare or wrapped in one of "
                               f"{', '.join(WRAPPERS)}.")
@@ -141,6 +157,16 @@ def _check_keys(name: str, path: Path, state: StateDict, expected: dict[str, tor
     looks = identify({k: tuple(v.shape) for k, v in official.items()})
     hint = f"it looks like {looks}" if looks else "it looks like no model that PocketSAM knows"
     raise CheckpointError(f"checkpoint {path} is not {name}: {', '.join(parts)}; {hint}.")
+
+
+def _check_kinds(path: Path, state: StateDict, wanted: StateDict) -> None:
+    """Plain numbers of the right kind: codes of a quantized model, for one, would be copied as if they were weights."""
+    for key, tensor in state.items():
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.is_floating_point() != wanted[key].is_floating_point() or tensor.is_complex():
+            raise CheckpointError(f"checkpoint {path} holds {key} as {tensor.layout} {tensor.dtype} on "
+                                  f"{tensor.device.type}; expected the plain {wanted[key].dtype} weights of the "
+                                  "official file.")
 
 
 def _check_finite(model: torch.nn.Module, path: Path) -> None:

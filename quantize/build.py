@@ -18,7 +18,8 @@ from pocketsam.doctor import machine
 from pocketsam.errors import BundleError, ParityError, UnsupportedModel
 from pocketsam.files import sha256_path, size_of
 from pocketsam.images import Rgb
-from pocketsam.parity import GATES
+from pocketsam.parity import GATES, compare_clicks, photos_id
+from pocketsam.predictor import Predictor
 from pocketsam.quantize.agreement import agreement, slower, time_ratio
 from pocketsam.quantize.calibration import CalibrationSet
 from pocketsam.quantize.correction import METHOD, Prepared, prepare
@@ -35,6 +36,8 @@ THREADS = 2
 DECODER_IMAGES = 8
 # Images on which the search compares candidates; always calibration images, never those that judge the result.
 SEARCH_IMAGES = 6
+# Images that show what int8 does to single clicks.
+CLICK_IMAGES = 3
 # How much faster an int8 decoder must be: it costs masks, and is the smaller part of the time.
 DECODER_GAIN = 1.2
 # Recipes whose weights are rounded to a grid known beforehand.
@@ -52,7 +55,7 @@ class Stage:
         gate: least mean agreement; None for the default of the recipe.
         seconds: bound of each search; 0 for none.
         kept: artifacts of the bundle that is already there, reused if their key is the same.
-        copy: brings such an artifact over; False if its file is damaged.
+        bring: brings such an artifact over and describes the file that is there; None if its file is damaged.
     """
 
     module: Callable[[str, str], Any]
@@ -62,7 +65,7 @@ class Stage:
     gate: float | None
     seconds: float
     kept: Sequence[Artifact]
-    copy: Callable[[Artifact], bool]
+    bring: Callable[[Artifact], Artifact | None]
     report: Callable[[str], None]
 
 
@@ -75,7 +78,7 @@ def quantize(bundle: Bundle, formats: Sequence[tuple[str, str]], recipes: Sequen
 
     Returns:
         The bundle, and a sentence for each pair that misses its gate, with the best that was found; of such a pair the
-        bundle has what an earlier export left, if anything.
+        bundle has what an earlier export left, if that passed this gate.
 
     Raises:
         UnsupportedModel: none of the formats has a recipe.
@@ -87,12 +90,13 @@ def quantize(bundle: Bundle, formats: Sequence[tuple[str, str]], recipes: Sequen
         stage.report(f"warning: {warning}")
     for recipe in recipes:
         for format_, runtime in available(formats, recipe, stage.report):
+            pair = _Pair(bundle, format_, runtime, recipe, stage, reference, prepared)
             try:
-                rows = _Pair(bundle, format_, runtime, recipe, stage, reference, prepared).make()
+                rows = pair.make()
             except ParityError as e:
                 stage.report(str(e))
                 misses.append(str(e))
-                rows = [a for a in stage.kept if (a.format, a.precision) == (format_, recipe) and stage.copy(a)]
+                rows = pair.earlier() if pair.passed_before() else []
             bundle = replace(bundle, artifacts=(*bundle.artifacts, *rows))
     return bundle, misses
 
@@ -146,16 +150,27 @@ class _Pair:
         self.format, self.runtime, self.recipe = format_, runtime, recipe
         self.quantizer = check(format_, recipe)
         self.gate = GATES[recipe] if stage.gate is None else stage.gate
+        self.photos = photos_id(stage.images)
         # Core ML's evaluator says nothing of speed.
         self.timed = runtime != "coreml"
+        self.old = [a for a in stage.kept if (a.format, a.precision) == (format_, recipe)]
+
+    def earlier(self) -> list[Artifact]:
+        """What an earlier export left, brought over; empty if a file is damaged or a half is missing."""
+        brought = [a for a in map(self.stage.bring, self.old) if a is not None]
+        whole = len(brought) == len(self.old) and {a.graph for a in brought} >= {"encoder", "decoder"}
+        return brought if whole else []
+
+    def passed_before(self) -> bool:
+        """Whether what an earlier export left reaches the gate of this one, on the photos of this one."""
+        return all(a.measured.get("photos") == self.photos and a.measured["all"]["mean"] >= self.gate
+                   for a in self.old if a.graph not in CLICK_GRAPHS)
 
     def make(self) -> list[Artifact]:
-        old = [a for a in self.stage.kept if (a.format, a.precision) == (self.format, self.recipe)]
         key = self._key()
-        complete = {a.graph for a in old} >= {"encoder", "decoder"} and all(a.key == key for a in old)
-        if complete and all(self.stage.copy(a) for a in old):
+        if self.old and all(a.key == key for a in self.old) and (kept := self.earlier()):
             self.stage.report(f"kept {self.format} {self.recipe}")
-            return old
+            return kept
         decoder = replace(self.bundle.find(self.format, "fp32", "decoder"), precision=self.recipe, key=key)
         encoder, found = self._encoder(key, decoder)
         ratios = {"encoder": self._ratio("encoder", encoder, decoder), "decoder": None}
@@ -169,15 +184,28 @@ class _Pair:
             fp32 = self.bundle.find(self.format, "fp32", row.graph)
             details = {**common, **extra, "size_ratio": round(fp32.bytes / row.bytes, 2), "time_ratio": ratio,
                        "slower": slower(ratio)}
-            rows.append(replace(row, measured={"runtime": self.runtime, "gate": self.gate, **measured},
-                                quantization=details))
+            rows.append(replace(row, measured={"runtime": self.runtime, "gate": self.gate, "photos": self.photos,
+                                               **measured}, quantization=details))
             if slower(ratio):
                 self.stage.report(f"{row.path} is slower than fp32 here ({ratio} x); auto will not choose it")
-        # The click graphs are the decoder in another form; like it they stay in float.
-        clicks = [a for a in self.bundle.artifacts if (a.format, a.precision) == (self.format, "fp32")
-                  and a.graph in CLICK_GRAPHS]
-        return rows + [replace(a, precision=self.recipe, key=key, quantization={"kept_in_float": "click graph"})
-                       for a in clicks]
+        return rows + self._clicks(key, rows)
+
+    def _clicks(self, key: str, rows: list[Artifact]) -> list[Artifact]:
+        """The click graphs, which are the decoder in another form and like it stay in float; what the encoder's 8 bits
+        do to their masks is measured, and judged with the pair itself.
+        """
+        rows_of_clicks = [replace(a, precision=self.recipe, key=key, measured={},
+                                  quantization={"kept_in_float": "click graph"}) for a in self._float_clicks()]
+        if not rows_of_clicks:
+            return []
+        pair = replace(self.bundle, artifacts=(*rows, *rows_of_clicks))
+        candidate = Predictor(open_bundle(pair, self.runtime, self.recipe, THREADS))
+        measured = compare_clicks(Predictor(self.reference), candidate, self.stage.images[:CLICK_IMAGES]).summary()
+        return [replace(a, measured={"runtime": self.runtime, **measured}) for a in rows_of_clicks]
+
+    def _float_clicks(self) -> list[Artifact]:
+        return [a for a in self.bundle.artifacts if (a.format, a.precision) == (self.format, "fp32")
+                and a.graph in CLICK_GRAPHS]
 
     def _encoder(self, key: str, decoder: Artifact) -> tuple[Artifact, Any]:
         self.stage.report(f"quantizing {self.format} encoder, {self.recipe}")
@@ -285,6 +313,7 @@ class _Pair:
 
     def _key(self) -> str:
         data = {"fp32": [self.bundle.find(self.format, "fp32", g).key for g in ("encoder", "decoder")],
+                "clicks": [a.key for a in self._float_clicks()], "photos": self.photos,
                 "recipe": self.recipe, "method": METHOD, "tools": self.quantizer.tools(), "gate": self.gate,
                 "calibration": self.stage.calibration.to_json(), "features": machine()["features"]}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

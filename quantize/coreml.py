@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pocketsam.errors import UnsupportedModel
-from pocketsam.export.coreml import PlanarImage, convert, coremltools, quiet
+from pocketsam.export.coreml import PlanarImage, convert, coremltools, quiet, save
 from pocketsam.quantize.channels import Form
 from pocketsam.quantize.correction import Layer
 from pocketsam.quantize.grid import Grid, Weighted
@@ -79,7 +79,7 @@ class CoreMlQuantizer:
         rounded = [i for i, name in enumerate(sources) if name not in keep]
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "activations.mlpackage"
-            self._convert(prepared.layers, rounded).save(str(package))
+            save(self._convert(prepared.layers, rounded), package)
             names = _operators(package, prepared.layers)
             self._round_weights(package, path, frozenset(_weighted(package)) - {names[i] for i in rounded})
 
@@ -99,8 +99,7 @@ class CoreMlQuantizer:
             config = cto.OptimizationConfig(
                 global_config=cto.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=SMALLEST),
                 op_type_configs={"matmul": None}, op_name_configs=dict.fromkeys(keep))
-            cto.linear_quantize_weights(ct.models.MLModel(str(source), skip_model_load=True), config).save(str(path))
-        (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
+            save(cto.linear_quantize_weights(ct.models.MLModel(str(source), skip_model_load=True), config), path)
 
 
 def _weighted(package: Path) -> list[str]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pocketsam import registry
 from pocketsam.doctor import machine
-from pocketsam.errors import MissingDependency, UnknownName, UnsupportedModel
+from pocketsam.errors import UnknownName, UnsupportedModel
 from pocketsam.specs import GraphSpec
 
 if TYPE_CHECKING:
@@ -127,10 +127,7 @@ def check(format_: str, recipe: str) -> type[Quantizer]:
     """
     if recipe not in RECIPES:
         raise UnknownName("recipe", recipe, RECIPES)
-    try:
-        found: type[Quantizer] = registry.load("quantizer", format_)
-    except ModuleNotFoundError as e:
-        raise MissingDependency(str(e.name), "all", f"quantizing for {format_}") from e
+    found: type[Quantizer] = registry.load("quantizer", format_)
     if recipe not in found.recipes:
         raise UnsupportedModel(f"{format_} has no recipe {recipe} ({RECIPES[recipe]}); it has "
                                f"{', '.join(found.recipes)}.")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +21,23 @@ from goldens import Golden
 
 import pocketsam
 from pocketsam import registry
-from pocketsam.builtin import builtin_weights
 from pocketsam.bundle import MANIFEST, read_bundle
-from pocketsam.errors import BundleError, OutputError, ParityError, UnsupportedModel, UsageError, WorkerError
+from pocketsam.errors import (
+    BundleError,
+    CheckpointError,
+    MissingDependency,
+    OutputError,
+    ParityError,
+    UnknownName,
+    UnsupportedModel,
+    UsageError,
+    WorkerError,
+)
 from pocketsam.export import onnx as onnx_export
 from pocketsam.export.conversions import Conversion, Source, convert_all
 from pocketsam.export.graphs import EncoderGraph
+from pocketsam.models.loading import load_model
+from pocketsam.photos import photo_paths
 from pocketsam.quantize.onnx import OnnxQuantizer
 
 # Operators that a finished graph must not hold: layers to fold, and leftovers of tracing.
@@ -180,13 +194,57 @@ def test_several_processes_make_the_same_bundle(tmp_path: Path) -> None:
     assert "exporting 4 graphs in 2 processes" in lines
 
 
-def test_a_lost_process_is_one_sentence(tmp_path: Path) -> None:
-    weights = builtin_weights("lite0")
-    assert weights is not None
+class Dying(Source):
+    """A model that takes its process with it."""
+
+    def load(self) -> Any:
+        os._exit(1)
+
+
+@pytest.mark.parametrize(("source", "error", "words"), [
+    (Dying, WorkerError, "nothing was written, try again with --jobs 1"),
+    (Source, CheckpointError, "does not exist"),
+])
+def test_what_goes_wrong_in_a_process_is_one_sentence(tmp_path: Path, source: type[Source], error: type[Exception],
+                                                      words: str) -> None:
     tasks = [Conversion("onnx", g, "fp32", tmp_path / f"{g}.fp32.onnx") for g in ("encoder", "decoder")]
-    model = Source("lite0", weights, 128, 8).load()
-    with pytest.raises(WorkerError, match=r"nothing was written, try again with --jobs 1"):
-        convert_all(tasks, model, Source("lite0", tmp_path / "none.safetensors", 128, 8), 2, lambda text: None)
+    missing = source("lite0", tmp_path / "none.safetensors", 128, 8)
+    with pytest.raises(error, match=words):
+        convert_all(tasks, None, missing, 2, lambda text: None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", [MissingDependency("onnx", "onnx", "this"), UnknownName("model", "x", ["y"]),
+                                   OutputError("a sentence.")])
+def test_errors_travel_between_processes(error: Exception) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
+
+
+@pytest.mark.parametrize("format_", ["openvino", "litert"])
+def test_a_graph_is_made_from_its_own_bundle_only(toy_checkpoint: Path, tmp_path: Path, format_: str) -> None:
+    """A file that happens to lie where a bundle would have it is not what was asked to be converted."""
+    model = load_model("toy_sam", toy_checkpoint)
+    spec = model.spec.graphs(8)["encoder"]
+    exporter = registry.load("format", format_)
+    planted = tmp_path / ("onnx/encoder.fp32.onnx" if format_ == "openvino" else "elsewhere/encoder.fp32.tflite")
+    planted.parent.mkdir()
+    planted.write_bytes(b"planted")
+    path = tmp_path / "somewhere" / f"encoder.{exporter.extension}"
+    path.parent.mkdir()
+    exporter.export(EncoderGraph(model).eval(), spec, "fp32", path)
+    assert path.exists()
+
+
+def test_converters_leave_the_process_and_the_temporary_folder_alone(toy_checkpoint: Path, tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    before = dict(os.environ)
+    pocketsam.export("toy_sam", checkpoint=toy_checkpoint, out=tmp_path / "b", formats=["litert", "coreml"],
+                     precisions=["fp32", "int8"], clicks=False, images=photo_paths()[:1], calibration_images=2,
+                     gate=0.0)
+    assert dict(os.environ) == before
+    assert [p.name for p in (tmp_path / "temporary").iterdir()] == []
 
 
 def test_no_process_is_no_export(tmp_path: Path) -> None:

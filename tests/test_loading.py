@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from goldens import FILES, MANIFESTS, Golden, read_manifest
 from pocketsam import registry
 from pocketsam.errors import CheckpointError
 from pocketsam.models.catalog import SPECS
-from pocketsam.models.checkpoints import CHECKPOINTS, FINGERPRINTS
+from pocketsam.models.checkpoints import CHECKPOINTS, FINGERPRINTS, HQ_KEY
 from pocketsam.models.keys import RENAMES
 from pocketsam.models.loading import identify, load_model, recognise, weights_sha256
 
@@ -37,6 +39,45 @@ def test_safetensors(toy_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "toy.safetensors").read_bytes()[:200])
     with pytest.raises(CheckpointError, match="is damaged"):
         load_model("toy_sam", tmp_path / "cut.safetensors")
+
+
+@pytest.mark.parametrize(("spoil", "words"), [
+    (lambda v: v.to(torch.complex64), "expected the plain torch.float32 weights"),
+    (lambda v: v.to(torch.int8), "expected the plain torch.float32 weights"),
+    (lambda v: v.to_sparse(), "expected the plain torch.float32 weights"),
+    (lambda v: v.to("meta"), "expected the plain torch.float32 weights"),
+])
+def test_tensors_of_another_kind_are_no_weights(toy_checkpoint: Path, tmp_path: Path,
+                                                spoil: Callable[[torch.Tensor], torch.Tensor], words: str) -> None:
+    """Of the right name and shape, and copied without a word they would be wrong weights."""
+    state = torch.load(toy_checkpoint, weights_only=True)
+    key = "mask_decoder.iou_token.weight"
+    torch.save({**state, key: spoil(state[key])}, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match=f"holds {key} as .*{words}"):
+        load_model("toy_sam", tmp_path / "odd.pt")
+
+
+def test_a_checkpoint_that_holds_itself(tmp_path: Path) -> None:
+    data: dict[str, Any] = {}
+    data["model"] = data
+    torch.save(data, tmp_path / "ring.pt")
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        load_model("toy_sam", tmp_path / "ring.pt")
+
+
+def test_a_packed_checkpoint_is_not_unfolded(toy_checkpoint: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed.pt"
+    with zipfile.ZipFile(toy_checkpoint) as plain, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out:
+        for name in plain.namelist():
+            out.writestr(name, plain.read(name))
+    with pytest.raises(CheckpointError, match="is a compressed archive"):
+        load_model("toy_sam", packed)
+
+
+def test_an_hq_model_of_another_size_is_not_taken_for_plain_sam() -> None:
+    shapes = {"image_encoder.pos_embed": (1, 64, 64, 1024)}
+    assert identify(shapes) == "sam_vit_l"
+    assert identify({**shapes, HQ_KEY: (1024, 256, 2, 2)}) is None
 
 
 def test_identity_follows_the_weights(toy_checkpoint: Path) -> None:

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class PocketSamError(Exception):
     """Base class of every error that PocketSAM raises on purpose; the CLI turns it into exit code 2."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default an exception is made again from its message alone, which not every child takes.
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[PocketSamError], args: tuple[Any, ...], state: dict[str, Any]) -> PocketSamError:
+    """An error that comes from another process."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class MissingDependency(PocketSamError):

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pocketsam.errors import OutputError
 
+# What a place says that takes no more, whoever writes to it.
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+# Characters of a file's name that its temporary name repeats: names have at most 255 bytes.
+SHOWN = 32
+
 
 @contextmanager
-def output_errors(path: Path) -> Iterator[None]:
-    """Turn any OSError while writing ``path`` into one sentence."""
+def output_errors(path: Path, only: Sequence[int] = ()) -> Iterator[None]:
+    """Turn an OSError while writing ``path`` into one sentence.
+
+    Args:
+        only: error numbers that are meant; all when empty.
+    """
     try:
         yield
     except OSError as e:
+        if only and e.errno not in only:
+            raise
         reason = e.strerror or str(e)
         raise OutputError(f"cannot write {path} ({reason}); nothing was kept: choose another place or free some "
                           "space.") from e
@@ -26,10 +38,17 @@ def output_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of ``path`` that replaces it on success and vanishes on failure."""
+    """A temporary path in the folder of ``path`` that replaces it on success and vanishes on failure.
+
+    Raises:
+        OutputError: the place cannot be written, or is a device or a pipe, which a file would replace.
+    """
+    if path.exists() and not path.is_file():
+        raise OutputError(f"cannot write {path}, which is {'a folder' if path.is_dir() else 'no regular file'}; choose "
+                          "another place.")
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:SHOWN]}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
         try:
             yield Path(name)
@@ -42,25 +61,40 @@ def staged_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path`` that takes its place on success and vanishes on failure."""
+    """A temporary folder beside ``path`` that takes its place on success and vanishes on failure.
+
+    A link is followed; whatever goes wrong, either the old folder or the new one is there.
+
+    Raises:
+        OutputError: the place cannot be written, or is a mount point, which cannot be replaced.
+    """
+    path = path.resolve()
+    if path.is_mount():
+        raise OutputError(f"cannot write {path}, which is a mount point; choose a folder inside it.")
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-        old = staging.with_suffix(".old")
-        try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name[:SHOWN]}.", suffix=".partial", dir=path.parent))
+    try:
+        with output_errors(path, REFUSALS):
             yield staging
+        with output_errors(path):
             staging.chmod(0o777 & ~_umask())
-            if path.exists():
-                path.rename(old)
-            try:
-                staging.rename(path)
-            except OSError:
-                if old.exists():
-                    old.rename(path)
-                raise
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+            _replace(staging, path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace(staging: Path, path: Path) -> None:
+    """Rename a folder over another, which comes back if that fails or is interrupted."""
+    old = staging.with_suffix(".old")
+    try:
+        if path.exists():
+            path.rename(old)
+        staging.rename(path)
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def sha256_file(path: Path) -> str:

@@ -6,6 +6,7 @@ chooses by its own scores. *Agreement*: IoU of both masks at image size; boxes a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from pocketsam.clicks import PointDecoder
 from pocketsam.distance import inner_point
 from pocketsam.geometry import Bools, masks_from_logits, tight_box
 from pocketsam.grids import point_grid
-from pocketsam.images import Rgb
+from pocketsam.images import Rgb, image_id
 from pocketsam.predictor import Predictor, best_token
 from pocketsam.prompts import Prompt
 from pocketsam.resampling import Floats
@@ -26,6 +27,11 @@ PROMPTS_PER_IMAGE = 8
 # Shares of the image between which a mask counts as an object.
 SMALLEST, LARGEST = 0.002, 0.9
 CLICK_SIDE = 3
+
+
+def photos_id(images: Iterable[Rgb]) -> str:
+    """The identity of the photos that an agreement was measured on, 16 hex digits."""
+    return hashlib.sha256("".join(map(image_id, images)).encode()).hexdigest()[:16]
 
 
 @dataclass

@@ -35,14 +35,16 @@ def quantize(
     from pocketsam.bundle import read_bundle
     from pocketsam.errors import MissingDependency
     from pocketsam.registry import entry
+    from pocketsam.specs import CLICK_GRAPHS
 
     opened = read_bundle(bundle)
-    name = opened.spec.name
+    name, side = opened.spec.name, opened.spec.image_size
     done = pocketsam.export(name, checkpoint=checkpoint, formats=opened.formats(), precisions=["fp32", *names(recipe)],
-                            out=bundle, slots=opened.slots, gate=gate, calibration=calibration,
+                            out=bundle, slots=opened.slots, image_size=side, gate=gate, calibration=calibration,
+                            clicks=any(a.graph in CLICK_GRAPHS for a in opened.artifacts),
                             calibration_images=calibration_images, search_seconds=search,
                             report=lambda t: progress(t, json_))
-    reference = pocketsam.load(name, checkpoint=checkpoint, runtime="pytorch")
+    reference = pocketsam.load(name, checkpoint=checkpoint, runtime="pytorch", image_size=side)
     try:
         measure = entry("pocketsam.quantize.report:measure")
     except ModuleNotFoundError as e:

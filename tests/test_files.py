@@ -1,0 +1,100 @@
+"""Writing: whole or not at all, and never over what is no file of ours."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pocketsam.errors import OutputError
+from pocketsam.files import staged_file, staged_folder
+
+FOLDER = "result"
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A folder that is there already."""
+    path = tmp_path / FOLDER
+    path.mkdir()
+    (path / "a").write_text("old")
+    return path
+
+
+def put(folder: Path, text: str = "new") -> None:
+    with staged_folder(folder) as staging:
+        (staging / "a").write_text(text)
+
+
+def held(folder: Path) -> dict[str, str]:
+    """What is in the folder, which has no leftovers beside it."""
+    assert [p.name for p in folder.parent.iterdir()] == [FOLDER]
+    return {p.name: p.read_text() for p in folder.iterdir()}
+
+
+def test_a_folder_takes_the_place_of_another(old: Path) -> None:
+    put(old)
+    assert held(old) == {"a": "new"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("step", [1, 2])
+def test_an_interrupted_rename_loses_nothing(old: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException],
+                                             step: int) -> None:
+    rename, calls = Path.rename, []
+
+    def stops(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == step:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stops)
+    with pytest.raises((KeyboardInterrupt, OutputError)):
+        put(old)
+    assert held(old) == {"a": "old"}
+
+
+def test_the_folder_that_one_stands_in(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(old)
+    put(Path())
+    assert held(old) == {"a": "new"}
+
+
+def test_a_linked_folder_is_replaced_and_not_the_link(tmp_path: Path) -> None:
+    (tmp_path / "disk" / FOLDER).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / FOLDER)
+    put(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert held(tmp_path / "disk" / FOLDER) == {"a": "new"}
+
+
+def test_a_mount_point_is_refused_before_the_work(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == old)
+    with pytest.raises(OutputError, match="mount point"), staged_folder(old):
+        raise AssertionError("the work was begun")
+    assert held(old) == {"a": "old"}
+
+
+def test_errors_of_the_work_are_not_called_errors_of_the_place(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), staged_folder(tmp_path / FOLDER):
+        (tmp_path / "nowhere").read_text()
+    with pytest.raises(OutputError, match="No space left"), staged_folder(tmp_path / FOLDER):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OutputError, match="no regular file"), staged_file(pipe):
+        pass
+    assert pipe.is_fifo()
+
+
+def test_the_longest_names_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("あ" * 80 + ".json")
+    with staged_file(path) as staged:
+        staged.write_text("x")
+    assert path.read_text() == "x"
