@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ class OnnxRuntime:
         self._encoder = self._session(bundle, precision, threads, self.spec.encoder_graph())
         self._decoder = self._session(bundle, precision, threads, self.spec.decoder_graph(self.slots))
         self.clicks = bundle.has_clicks(FORMAT, precision)
-        self._click = functools.cache(
+        # Or all threads of a first batch of clicks would build the session.
+        self._building = threading.Lock()
+        self._click_session = functools.cache(
             lambda name: self._session(bundle, precision, 1, self.spec.graphs()[name]))
         self.click_workers = threads or os.cpu_count() or 1
         self.sparing = False
@@ -57,7 +60,9 @@ class OnnxRuntime:
 
     def click(self, graph: str, inputs: Tensors) -> Tensors:
         names = self.spec.graphs()[graph].output_names
-        return dict(zip(names, self._click(graph).run(names, inputs), strict=True))
+        with self._building:
+            session = self._click_session(graph)
+        return dict(zip(names, session.run(names, inputs), strict=True))
 
     def info(self) -> dict[str, Any]:
         return dict(self._info)

@@ -42,9 +42,11 @@ class OpenVinoRuntime:
         self.slots = bundle.slots
         self._core = ov.Core()
         computed = check_precision(self._core, inference_precision)
-        self._config = {**settings(threads, computed), "CACHE_DIR": str(cache_folder(precision, computed))}
+        self._config = {**settings(threads, computed), **cache_settings(cache_folder(precision, computed))}
         self._encoder = self._compile(self._read(bundle, precision, self.spec.encoder_graph()))
         graphs = self.spec.graphs(self.slots)
+        # Or all threads that first ask for a graph would compile it.
+        self._building = threading.Lock()
         self._batched = functools.cache(lambda name, size: self._resized(bundle, precision, graphs[name], size))
         self._batched("decoder", 1)
         self.clicks = bundle.has_clicks(FORMAT, precision)
@@ -82,14 +84,18 @@ class OpenVinoRuntime:
         names = self.spec.decoder_graph(self.slots).output_names
 
         def run(size: int, padded: Tensors) -> Tensors:
-            out = self._batched("decoder", size).create_infer_request().infer({**features, **padded})
+            with self._building:
+                compiled = self._batched("decoder", size)
+            out = compiled.create_infer_request().infer({**features, **padded})
             return {n: np.array(out[n]) for n in names}
 
         return decode_padded(prompts, run)
 
     def click(self, graph: str, inputs: Tensors) -> Tensors:
         spec = self.spec.graphs()[graph]
-        out = self._clicks(graph).create_infer_request().infer(inputs, share_inputs=True, share_outputs=True)
+        with self._building:
+            compiled = self._clicks(graph)
+        out = compiled.create_infer_request().infer(inputs, share_inputs=True, share_outputs=True)
         return {n: np.array(out[n]) for n in spec.output_names}
 
     def info(self) -> dict[str, Any]:
@@ -155,3 +161,12 @@ def settings(threads: int | None, inference_precision: str) -> dict[str, Any]:
 def cache_folder(precision: str, inference_precision: str) -> Path:
     """Where compiled models are kept: apart by OpenVINO version and precisions, so that none are ever mixed up."""
     return cache_root() / "openvino" / f"{ov.get_version()}-{precision}-{inference_precision}"
+
+
+def cache_settings(folder: Path) -> dict[str, Any]:
+    """Keep compiled models in a folder; where it cannot be made, compile them each time, which is only slower."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return {}
+    return {"CACHE_DIR": str(folder)}

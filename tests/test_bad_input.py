@@ -27,17 +27,21 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:600])
     (tmp_path / "text.png").write_text("this is not an image")
     (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "bomb.png").write_bytes(bomb(40_000, 40_000))
+    (tmp_path / "bomb.png").write_bytes(png(40_000, 40_000))
+    (tmp_path / "large.png").write_bytes(png(16_320, 12_240))
+    (tmp_path / "icc.png").write_bytes(png(100, 60, (b"iCCP", b"p\0\0" + zlib.compress(bytes(2**21)))))
+    # Orientation 6, and a resolution that is a text.
+    tags = struct.pack("<HHHII HHI4s I", 2, 0x0112, 3, 1, 6, 0x011A, 2, 3, b"a", 0)
+    Image.fromarray(rgb).save(tmp_path / "exif.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0" + tags)
     return tmp_path
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that claims to be huge."""
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG without a pixel, whatever size it claims."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    rows = ((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in rows)
 
 
 def refused(outcome: Any, *words: str) -> None:
@@ -54,6 +58,8 @@ def refused(outcome: Any, *words: str) -> None:
 IMAGES = [
     ("missing.png", "does not exist"), ("cut.jpg", "truncated"), ("cut.png", "truncated"),
     ("text.png", "not an image"), ("empty.png", "not an image"), ("bomb.png", "megapixels"), (".", "is a folder"),
+    ("large.png", "megapixels (Image size (199756800 pixels) exceeds limit of 178956970"), ("icc.png", "too large"),
+    ("exif.jpg", "damaged"), (f"{'x' * 300}/y.png", "name too long"),
 ]
 
 
@@ -64,6 +70,14 @@ def test_images(cli: Run, toy_bundle: Path, folder: Path, name: str, words: str)
     refused(outcome, words)
     assert not (folder / "out.png").exists()
     assert not (folder / "masks").exists()
+
+
+def test_a_folder_goes_on_after_bad_images(cli: Run, toy_bundle: Path, folder: Path, tmp_path: Path) -> None:
+    outcome = cli("everything", folder, "-o", tmp_path / "out", "--bundle", toy_bundle, "--grid", "1")
+    assert outcome.code == 1, outcome
+    assert "2 photos segmented, 0 done earlier, 8 unreadable" in outcome.out
+    assert sorted(p.name for p in (tmp_path / "out/labels").iterdir()) == ["good.png.json", "whole.jpg.json"]
+    refused(cli("everything", folder / ("x" * 300), "-o", tmp_path / "o", "--bundle", toy_bundle), "name too long")
 
 
 PROMPTS = [
@@ -78,6 +92,7 @@ PROMPTS = [
     ([a for i in range(8) for a in ("--point", f"{i},{i}")], "--slots 9"),
     (["--box", "1,1,50,50", *[a for i in range(7) for a in ("--point", f"{i},{i}")]], "a box takes two slots"),
     (["--box", "1,1,50,50", "--box", "2,2,9,9", "--point", "3,3"], "several boxes cannot be combined"),
+    (["--box", "1,1,50,50", "--box", "2,2,9,9", "--multimask"], "three masks of one object"),
 ]
 
 
@@ -118,6 +133,7 @@ def test_names(cli: Run, toy_bundle: Path, toy_checkpoint: Path, folder: Path) -
     segment = ("segment", folder / "good.png", "--point", "5,5")
     refused(cli(*segment, "--bundle", toy_bundle, "--runtime", "onnxruntme"), "did you mean 'onnxruntime'")
     refused(cli(*segment, "--bundle", toy_bundle, "--precision", "int9"), "unknown precision")
+    refused(cli(*segment, "--precision", "int8"), "'int8' goes with a bundle")
     refused(cli(*segment, "--bundle", toy_bundle, "--threads", "0"), "at least 1")
     refused(cli(*segment, "--bundle", folder / "no.bundle"), "does not exist")
     refused(cli(*segment, "--bundle", toy_bundle, "--runtime", "pytorch"), "checkpoint")

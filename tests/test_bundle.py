@@ -13,7 +13,8 @@ import pytest
 import pocketsam
 from pocketsam.bundle import MANIFEST, read_bundle
 from pocketsam.errors import BundleError, UnknownName
-from pocketsam.specs import CLICK_GRAPHS
+from pocketsam.models.catalog import SPECS
+from pocketsam.specs import CLICK_GRAPHS, ModelSpec
 
 
 @pytest.fixture
@@ -70,6 +71,10 @@ def test_symbolic_link_leaving_the_folder(bundle: Path, tmp_path: Path) -> None:
     target.symlink_to(tmp_path / "elsewhere.onnx")
     with pytest.raises(BundleError, match="outside its folder"):
         read_bundle(bundle)
+    target.unlink()
+    target.symlink_to(target)
+    with pytest.raises(BundleError):
+        pocketsam.load(bundle)
 
 
 def test_newer_schema(bundle: Path) -> None:
@@ -83,11 +88,25 @@ def test_newer_schema(bundle: Path) -> None:
     lambda d: d.update(model=None), lambda d: d["model"].update(image_size=-5), lambda d: d["model"].update(extra=1),
     lambda d: d["model"].update(image_size=10**9), lambda d: d["model"].update(mean=[1, 2]),
     lambda d: d["artifacts"][0].update(path=7), lambda d: d.update(weights=3), lambda d: d.pop("schema"),
+    *[lambda d, v=v: d["artifacts"][0].update(v) for v in (
+        {"format": []}, {"precision": None}, {"key": 1}, {"path": "a\0b"}, {"path": "\ud800"}, {"path": "x" * 300},
+        {"measured": []}, {"measured": {"all": 1}}, {"measured": {"all": {"mean": "x"}}},
+        {"measured": {"all": {"mean": 10**400}}}, {"quantization": 3})],
+    *[lambda d, v=v: d["model"].update(v) for v in (
+        {"mean": [1e9, 0, 0]}, {"mean": [-1, 0, 0]}, {"std": [1e9, 1, 1]}, {"prompt_size": -4}, {"prompt_size": True},
+        {"hq_channels": -1}, {"max_points": -1}, {"stability": ["a", "b"]}, {"stability": [10**400, 1]},
+        {"stability": {}}, {"high_res_channels": ["a", "b"]}, {"high_res_channels": [0, 4]}, {"object_score": "yes"},
+        {"logit_limit": "x"}, {"logit_limit": 10**400}, {"name": 5})],
 ])
 def test_damaged_manifest(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
     edit(bundle, change)
     with pytest.raises(BundleError):
-        pocketsam.load(bundle)
+        pocketsam.load(bundle, runtime="onnxruntime")
+
+
+def test_every_model_passes_its_own_check() -> None:
+    for spec in SPECS.values():
+        assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
 def test_not_a_bundle(tmp_path: Path, bundle: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pocketsam import rle
+from pocketsam import doctor, registry, rle
+from pocketsam.errors import MissingDependency
 from pocketsam.photos import photo_paths
 
 Run = Callable[..., Any]
@@ -37,6 +41,35 @@ def test_doctor(cli: Run) -> None:
     assert rows["onnxruntime"]["usable"]
     assert rows["onnxruntime"]["version"]
     assert cli("doctor").code == 0
+
+
+def test_doctor_advises_extras_that_hold_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+
+    def held(names: str) -> set[str]:
+        lines = [line for name in names.split(",") for line in extras[name]]
+        own = {n for line in lines if line.startswith("pocketsam[") for n in held(line[10:-1])}
+        return own | {re.split(r"[>\[]", line)[0] for line in lines}
+
+    for needs in (*registry.FORMAT_PACKAGES.values(), *registry.QUANTIZER_PACKAGES.values()):
+        assert set(needs.distributions) <= held(needs.extras)
+    monkeypatch.setattr(doctor, "_version", lambda distribution: "")
+    assert {r.name: r.remedy for r in doctor.exporters()} == {
+        name: f"pip install 'pocketsam[{needs.extras}]'" for name, needs in registry.FORMAT_PACKAGES.items()}
+
+
+@pytest.mark.parametrize(("kind", "name", "module", "extras"), [
+    ("format", "onnx", "onnxscript", "export"), ("format", "openvino", "openvino", "export"),
+    ("format", "litert", "litert_torch", "all"), ("format", "coreml", "coremltools", "export,coreml"),
+    ("quantizer", "openvino", "nncf", "all"), ("quantizer", "litert", "ai_edge_quantizer", "all"),
+])
+def test_an_exporter_that_is_not_installed_names_the_command(kind: str, name: str, module: str, extras: str,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that imports its converter only when it works."""
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingDependency, match=rf"needs {module.replace('_', '-')}, .*'pocketsam\[{extras}\]'"):
+        registry.load(kind, name)
 
 
 def test_segment_json_and_files(cli: Run, toy_bundle: Path, tmp_path: Path) -> None:

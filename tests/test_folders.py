@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import pytest
 from PIL import Image
 
 from pocketsam import rle
-from pocketsam.errors import WorkerError
+from pocketsam.errors import UsageError, WorkerError
 from pocketsam.everything import Settings
-from pocketsam.folders import Job, prepare, run
+from pocketsam.folders import Job, embed, prepare, run
+from pocketsam.images import load_rgb
 
 Run = Callable[..., Any]
 OPTIONS = ("--grid", "2", "--pred-iou", "0", "--stability", "0", "--nms", "1", "--threads", "1")
@@ -87,10 +89,84 @@ def test_resuming_and_shards(cli: Run, photos: Path, toy_bundle: Path, tmp_path:
     assert (out / "labels/p1.png.json").stat().st_mtime_ns == before
     shards = sorted(out.glob("coco-*.json"))
     assert [len(json.loads(s.read_text())["images"]) for s in shards] == [3, 1]
+    assert not (out / "coco.json").exists(), "the file of the first run"
+    (out / "coco-mine.json").write_text("")
+    assert everything(cli, photos, out, toy_bundle, "--shard", "2").code == 0
+    assert sorted(p.name for p in out.glob("coco*")) == [
+        "coco-00000-of-00002.json", "coco-00001-of-00002.json", "coco-mine.json"]
     assert json.loads(everything(cli, photos, out, toy_bundle, "--json").out)["photos"] == []
+    assert sorted(p.name for p in out.glob("coco*")) == ["coco-mine.json", "coco.json"]
     refused = everything(cli, photos, out, toy_bundle, "--max-area", "0.5")
     assert refused.code == 2
     assert "other settings" in " ".join(refused.err.split())
+
+
+def test_a_changed_photo_is_done_again(cli: Run, photos: Path, toy_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert everything(cli, photos, out, toy_bundle).code == 0
+    before = (out / "labels/p0.png.json").stat().st_mtime_ns
+    (out / "labels/p3.png.json").write_text("{")
+    other = Path(shutil.copytree(photos, tmp_path / "other"))
+    shutil.copyfile(photos / "p2.png", other / "p1.png")
+    (other / "p2.png").write_text("not an image")
+    outcome = everything(cli, other, out, toy_bundle, "--json")
+    assert outcome.code == 1, "one photo is unreadable now"
+    assert [p["photo"] for p in json.loads(outcome.out)["photos"]] == ["p1.png", "p2.png", "p3.png"]
+    assert (out / "labels/p0.png.json").stat().st_mtime_ns == before
+    images = json.loads((out / "coco.json").read_text())["images"]
+    assert [(i["file_name"], i["height"]) for i in images] == [("p0.png", 40), ("p1.png", 42), ("p3.png", 43)]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), [
+    ("precision", "int8", "precision fp32 and now int8"), ("runtime", "litert", "runtime openvino and now litert"),
+    ("inference_precision", "bf16", "compute f32 and now bf16"), ("weights_sha256", "x", "weights_sha256"),
+])
+def test_masks_of_another_runtime_or_model_are_not_mixed(toy_bundle: Path, tmp_path: Path, name: str, value: str,
+                                                         words: str) -> None:
+    job = job_of(toy_bundle, tmp_path / "out")
+    sam = job.open()
+    info = {**sam.info(), "runtime": "openvino", "inference_precision": "f32"}
+    sam.runtime.info = lambda: info
+    prepare(job, sam, [])
+    prepare(job, sam, [])
+    info[name] = value
+    with pytest.raises(UsageError, match=rf"another model or runtime \({words}"):
+        prepare(job, sam, [])
+
+
+def test_masks_of_another_input_side_are_not_mixed(toy_bundle: Path, tmp_path: Path) -> None:
+    job = job_of(toy_bundle, tmp_path / "out")
+    sam = job.open()
+    prepare(job, sam, [])
+    sam.runtime.spec = replace(sam.spec, image_size=256)
+    with pytest.raises(UsageError, match=r"\(image_size 128 and now 256\)"):
+        prepare(job, sam, [])
+
+
+def test_a_name_that_is_not_utf8(photos: Path, toy_bundle: Path, tmp_path: Path) -> None:
+    """Neither numbering, JSON nor a terminal that takes UTF-8 only may stop the job at such a photo."""
+    name = os.fsdecode(b"caf\xe9.png")
+    shutil.copyfile(photos / "p0.png", photos / name)
+    command = [sys.executable, "-m", "pocketsam.cli", "everything", str(photos), "-o", str(tmp_path / "out"),
+               "--bundle", str(toy_bundle), "--runtime", "onnxruntime", *OPTIONS]
+    strict = {**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, capture_output=True, check=False, env=strict)
+    assert done.returncode == 0, done.stderr
+    assert b"caf" in done.stdout
+    coco = json.loads((tmp_path / "out/coco.json").read_text())
+    assert name in [i["file_name"] for i in coco["images"]]
+
+
+def test_a_damaged_embedding_is_made_again(photos: Path, toy_bundle: Path, tmp_path: Path) -> None:
+    sam = job_of(toy_bundle, tmp_path).open()
+    rgb = load_rgb(photos / "p0.png")
+    made = embed(sam, rgb, tmp_path / "cache")
+    (path,) = (tmp_path / "cache").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"(1, 32, 8", b"(1, (2, 8"))
+    again = embed(sam, rgb, tmp_path / "cache")
+    assert np.array_equal(again.features["image_embeddings"], made.features["image_embeddings"])
+    assert path.read_bytes() == whole
 
 
 def test_unreadable_photos_are_named_and_counted(cli: Run, photos: Path, toy_bundle: Path, tmp_path: Path) -> None:
@@ -148,15 +224,15 @@ def job_of(toy_bundle: Path, out: Path) -> Job:
 
 def test_workers_do_every_photo_once(photos: Path, toy_bundle: Path, tmp_path: Path) -> None:
     job = job_of(toy_bundle, tmp_path / "out")
-    todo = prepare(job, "x", sorted(photos.iterdir()))
+    todo = prepare(job, job.open(), sorted(photos.iterdir()))
     outcomes = run(job, todo, workers=2)
     assert sorted(d.photo for d in outcomes) == [f"p{i}.png" for i in range(4)]
-    assert prepare(job, "x", sorted(photos.iterdir())) == []
+    assert prepare(job, job.open(), sorted(photos.iterdir())) == []
 
 
 def test_a_dead_worker_is_named_and_the_job_resumes(photos: Path, toy_bundle: Path, tmp_path: Path) -> None:
     job = job_of(toy_bundle, tmp_path / "out")
-    todo = prepare(job, "x", sorted(photos.iterdir()))
+    todo = prepare(job, job.open(), sorted(photos.iterdir()))
 
     def kill(done: Any, n: int, total: int) -> None:
         for pid in children(os.getpid(), "spawn_main"):
@@ -164,9 +240,9 @@ def test_a_dead_worker_is_named_and_the_job_resumes(photos: Path, toy_bundle: Pa
 
     with pytest.raises(WorkerError, match="go on"):
         run(job, [*todo, *todo * 10], workers=2, report=kill)
-    left = prepare(job, "x", todo)
+    left = prepare(job, job.open(), todo)
     run(job, left, workers=1)
-    assert prepare(job, "x", todo) == []
+    assert prepare(job, job.open(), todo) == []
 
 
 def children(parent: int, word: str) -> list[int]:

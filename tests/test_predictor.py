@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,6 +116,36 @@ def test_embedding_of_another_model_is_refused(sam: Predictor, tmp_path: Path) -
     (tmp_path / "cut.npz").write_bytes(data[: len(data) // 2])
     with pytest.raises(EmbeddingError, match="cannot be used"):
         sam.set_embedding(tmp_path / "cut.npz")
+
+
+@pytest.mark.parametrize(("mark", "offset", "value"), [(b"PK\1\2", 8, 1), (b"PK\1\2", 10, 99), (b"(1, 32, 8", 4, 40)],
+                         ids=["encrypted", "unknown compression", "open bracket"])
+def test_a_damaged_embedding_is_refused(sam: Predictor, tmp_path: Path, mark: bytes, offset: int, value: int) -> None:
+    """zipfile and numpy have an error of their own for each."""
+    sam.embed(noise(60, 100)).save(tmp_path / "photo.npz")
+    data = bytearray((tmp_path / "photo.npz").read_bytes())
+    data[data.rindex(mark) + offset] = value
+    (tmp_path / "photo.npz").write_bytes(data)
+    with pytest.raises(EmbeddingError, match="cannot be used"):
+        sam.set_embedding(tmp_path / "photo.npz")
+
+
+@pytest.mark.parametrize("prompt", [
+    {"points": [(1, 2), (3,)]}, {"points": [("a", "b")]}, {"points": [(10**400, 1)]}, {"box": [1, [2], 3, 4]},
+    {"points": [(1, 2)], "labels": [[1], [1, 2]]}, {"mask": [[1.0, 2.0], [3.0]]},
+])
+def test_prompts_that_are_no_arrays(sam: Predictor, prompt: dict[str, Any]) -> None:
+    sam.set_image(noise(60, 100))
+    with pytest.raises(PromptError, match=r"is no array.*expected"):
+        sam.predict(**prompt)
+
+
+@pytest.mark.parametrize("boxes", [[[1, 2, 3, 4], [1, 2]], [["a", 2, 3, 4]], [[10**400, 2, 3, 4]], [], [1, 2, 3, 4],
+                                   np.empty((0, 4)), [[1, 2, 3, np.nan]]])
+def test_boxes_that_are_no_arrays(sam: Predictor, boxes: Any) -> None:
+    sam.set_image(noise(60, 100))
+    with pytest.raises(PromptError, match=r"boxes .*expected"):
+        sam.predict_boxes(boxes)
 
 
 def test_prompt_without_image(toy_bundle: Path) -> None:

@@ -98,6 +98,33 @@ def test_openvino_leaves_the_locale_alone(bundle: Path) -> None:
         locale.setlocale(locale.LC_CTYPE, before)
 
 
+def test_openvino_runs_where_nothing_can_be_kept(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("POCKETSAM_CACHE", str(tmp_path / "file" / "cache"))
+    sam = pocketsam.load(bundle, runtime="openvino", threads=1)
+    sam.set_image(np.zeros((60, 100, 3), np.uint8))
+    assert sam.predict(points=[(20, 30)]).masks.shape == (3, 60, 100)
+
+
+@pytest.mark.parametrize(("runtime", "builder"), [("onnxruntime", "_session"), ("openvino", "_read")])
+def test_a_click_graph_is_built_once(bundle: Path, runtime: str, builder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first batches come from several threads at once."""
+    opened = pocketsam.load(bundle, runtime=runtime, threads=1).runtime
+    shapes = {t.name: t.shape for t in opened.spec.graphs()["click_image"].inputs}
+    inputs = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    build, built = getattr(opened, builder), []
+
+    def slowly(*args: Any) -> Any:
+        built.append(args)
+        time.sleep(0.1)
+        return build(*args)
+
+    monkeypatch.setattr(opened, builder, slowly)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: opened.click("click_image", inputs), range(4)))
+    assert len(built) == 1
+
+
 def test_unknown_inference_precision(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POCKETSAM_OPENVINO_PRECISION", "int4")
     with pytest.raises(UsageError, match="'int4' is unknown; choose one of f32, bf16, f16"):
@@ -209,6 +236,25 @@ def test_verify(cli: Run, bundle: Path, toy_checkpoint: Path, tmp_path: Path) ->
     assert not any(r["passed"] for r in failed.values())
     assert "incomplete" in failed["litert", "fp32"]["problem"]
     assert failed["onnx", "fp32"]["problem"] == ""
+
+
+def test_verify_does_not_pass_on_nothing(cli: Run, bundle: Path, toy_checkpoint: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    data = json.loads((copy / MANIFEST).read_text())
+    whole = data["artifacts"]
+
+    def verified(artifacts: list[dict[str, Any]]) -> Any:
+        (copy / MANIFEST).write_text(json.dumps({**data, "artifacts": artifacts}))
+        return cli("verify", copy, "--checkpoint", toy_checkpoint, "--json")
+
+    got = verified([])
+    assert (got.code, "holds no artifact" in got.err) == (2, True)
+    onnx = [a for a in whole if (a["format"], a["precision"]) == ("onnx", "fp32")]
+    got = verified([a for a in onnx if a["graph"] != "encoder"])
+    assert (got.code, [r["passed"] for r in json.loads(got.out)]) == (1, [False])
+    unlike = [{**a, "inputs": a["inputs"][:1]} if a["graph"] == "click_scores" else a for a in onnx]
+    got = verified(unlike)
+    assert (got.code, "click graphs" in json.loads(got.out)[0]["problem"]) == (1, True)
 
 
 def test_verify_refuses_other_weights(bundle: Path, toy_checkpoint: Path, tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 import pocketsam
-from pocketsam.bundle import read_bundle
+from pocketsam.bundle import MANIFEST, read_bundle
 from pocketsam.errors import BundleError
 from pocketsam.tune import tune
 
@@ -28,3 +29,28 @@ def test_a_damaged_copy_does_not_spoil_the_whole_one(toy_bundle: Path, tmp_path:
     before = stored[0].read_bytes()
     assert not any(c.problem for c in tune(read_bundle(toy_bundle), 1))
     assert stored[0].read_bytes() == before, "measured once"
+
+
+@pytest.fixture
+def copy(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("POCKETSAM_CACHE", str(tmp_path / "cache"))
+    return Path(shutil.copytree(toy_bundle, tmp_path / "copy.bundle"))
+
+
+def test_agreement_may_be_unknown(copy: Path) -> None:
+    data = json.loads((copy / MANIFEST).read_text())
+    for row in data["artifacts"]:
+        del row["measured"]
+    (copy / MANIFEST).write_text(json.dumps(data))
+    assert [(c.agreement, c.problem) for c in tune(read_bundle(copy), 1)] == [(0, "")]
+
+
+def test_an_engine_that_cannot_run_a_graph_is_named(copy: Path) -> None:
+    """Names and hashes are right and the sizes are not: the engine's own error must not end the choice."""
+    data = json.loads((copy / MANIFEST).read_text())
+    data["model"]["image_size"] = 192
+    (copy / MANIFEST).write_text(json.dumps(data))
+    (found,) = tune(read_bundle(copy), 1)
+    assert found.problem.startswith("onnxruntime cannot run the fp32 graphs (")
+    with pytest.raises(BundleError, match="no runtime can open this bundle here: onnxruntime cannot run"):
+        pocketsam.load(copy, threads=1)

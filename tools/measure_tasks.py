@@ -142,7 +142,7 @@ def workers(bundle: Path, runtime: str, folder: Path) -> dict[str, Any]:
         for n in (1, 2):
             job = Job(folder / f"{round_}-{n}", Settings(points_per_side=16), str(bundle), runtime, threads=1,
                       overlays=False)
-            prepare(job, "", photos)
+            prepare(job, job.open(), photos)
             done: list[float] = []
             run(job, photos, n, lambda d, i, t, done=done: done.append(time.perf_counter()))
             # From the first finished photo to the last: what a long folder would see.

@@ -27,7 +27,7 @@ def load(source: str | Path = BUILTIN_MODEL, *, runtime: str = "auto", checkpoin
             this bundle, measured here once (a few seconds) and remembered.
         checkpoint: official checkpoint file, for ``runtime="pytorch"``; lite0's ships with the package.
         precision: ``fp32``, ``fp16``, ``int8`` (or another recipe that the bundle holds), or ``auto`` to let the
-            measurement choose that too.
+            measurement choose that too; without a bundle ``fp32`` or ``auto``.
         threads: CPU threads; the engine's default when None.
         image_size: input side for a model with ``checkpoint``, instead of its own; a bundle keeps its own.
         compute: what a named runtime computes in or on: OpenVINO ``f32``, ``bf16`` or ``f16``, Core ML a compute unit;
@@ -41,11 +41,15 @@ def load(source: str | Path = BUILTIN_MODEL, *, runtime: str = "auto", checkpoin
     if runtime != "auto":
         registry.check("runtime", runtime)
     name = str(source)
-    is_bundle = (Path(source) / MANIFEST).is_file()
+    # A folder may have a model's name; PyTorch takes no bundle.
+    is_bundle = (Path(source) / MANIFEST).is_file() and not (runtime == "pytorch" and name in registry.MODELS)
     if not is_bundle and (name in registry.MODELS or _looks_like_a_name(source)):
         registry.check("model", name)
         if compute is not None:
             raise UsageError(f"compute={compute!r} goes with a bundle and its runtime; PyTorch computes in fp32.")
+        if precision not in ("fp32", "auto"):
+            raise UsageError(f"precision {precision!r} goes with a bundle; PyTorch computes in fp32: leave it out, or "
+                             "export a bundle that has it.")
         return Predictor(_from_checkpoint(name, runtime, checkpoint, threads, image_size))
     if checkpoint is not None:
         raise UsageError(f"{source} is a bundle path; a checkpoint goes with a model name.")

@@ -47,6 +47,12 @@ class Artifact:
     measured: dict[str, Any] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def agreement(self) -> float:
+        """Mean mask IoU with PyTorch as measured; 0 where the bundle does not say."""
+        mean: float = self.measured.get("all", {}).get("mean", 0.0)
+        return mean
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -96,10 +102,10 @@ class Bundle:
             BundleError: the path leaves the folder, the file is missing, or its bytes changed.
         """
         path = safe_path(self.root, artifact.path)
-        if not path.exists():
-            raise BundleError(f"{self.root} lacks {artifact.path}; the bundle is incomplete: export it again.")
         try:
             intact = size_of(path) == artifact.bytes and sha256_path(path) == artifact.sha256
+        except FileNotFoundError as e:
+            raise BundleError(f"{self.root} lacks {artifact.path}; the bundle is incomplete: export it again.") from e
         except (OSError, ValueError):
             intact = False
         if not intact:
@@ -117,12 +123,17 @@ def safe_path(root: Path, relative: str) -> Path:
     """``root / relative`` if it stays inside ``root``, symbolic links included.
 
     Raises:
-        BundleError: the path is absolute, climbs out, or is a link that does.
+        BundleError: the path is absolute, climbs out, is a link that does, or is no path at all.
     """
     pure = PurePosixPath(relative)
     inside = not pure.is_absolute() and ".." not in pure.parts and "\\" not in relative and ":" not in relative
     path = root / pure
-    if not inside or not path.resolve().is_relative_to(root.resolve()):
+    try:
+        inside = inside and path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError) as e:
+        raise BundleError(f"the bundle names the file {relative!r}, which is no usable path ({e}); do not use this "
+                          "bundle.") from e
+    if not inside:
         raise BundleError(f"the bundle names the file {relative!r}, which is outside its folder; do not use this "
                           "bundle.")
     return path
@@ -168,6 +179,19 @@ def to_json(bundle: Bundle) -> str:
     return json.dumps(data, indent=2) + "\n"
 
 
+def _check(row: Artifact) -> None:
+    """Raise ValueError, TypeError or KeyError unless every value of an untrusted row has its type."""
+    texts = row.path, row.graph, row.format, row.precision, row.sha256, row.key
+    if not all(isinstance(v, str) for v in texts) or not isinstance(row.bytes, int):
+        raise ValueError("an artifact row has values of the wrong type")
+    if any(not isinstance(t["shape"], list) for t in (*row.inputs, *row.outputs)):
+        raise ValueError("a tensor's shape is no list")
+    if not isinstance(row.measured, dict) or not isinstance(row.quantization, dict):
+        raise ValueError("the measurements of an artifact are no table")
+    if not isinstance(row.agreement, (int, float)) or not 0 <= row.agreement <= 1:
+        raise ValueError("a mask agreement is no number from 0 to 1")
+
+
 def _parse(root: Path, data: dict[str, Any]) -> Bundle:
     try:
         names = {f.name for f in fields(Artifact)}
@@ -175,10 +199,8 @@ def _parse(root: Path, data: dict[str, Any]) -> Bundle:
         slots, weights, tools = data["slots"], dict(data["weights"]), dict(data["tools"])
         if not isinstance(slots, int) or not 2 <= slots <= 4096:
             raise ValueError(f"slots is {slots!r}")
-        if any(not isinstance(a.path, str) or not isinstance(a.bytes, int) for a in artifacts):
-            raise ValueError("an artifact row has values of the wrong type")
-        if any(not isinstance(t["shape"], list) for a in artifacts for t in (*a.inputs, *a.outputs)):
-            raise ValueError("a tensor's shape is no list")
+        for artifact in artifacts:
+            _check(artifact)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise BundleError(f"{root / MANIFEST} is damaged ({e}); export the bundle again.") from e
     for artifact in artifacts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -22,6 +23,9 @@ app.add_typer(bench.app, name="bench")
 
 def main() -> None:
     """Entry point: a PocketSamError becomes one sentence and exit code 2."""
+    # A file's name may hold bytes that no encoding has.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except PocketSamError as e:

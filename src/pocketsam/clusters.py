@@ -27,7 +27,7 @@ class Segmenter:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Segment one photo, unless its label was written before the actor that wrote it died."""
         photo = Path(str(row["item"]))
-        if self.job.label(photo).is_file():
+        if self.job.holds(photo):
             return asdict(Done(photo.name))
         try:
             return asdict(segment_photo(self.sam, photo, self.job))

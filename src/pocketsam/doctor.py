@@ -46,10 +46,11 @@ def runtimes() -> list[Row]:
 def exporters() -> list[Row]:
     """Each export format: usable only with torch and the format's own packages."""
     rows = []
-    for name, packages in registry.FORMAT_PACKAGES.items():
-        absent = [p for p in packages if not _version(p)]
-        rows.append(Row(name, not absent, ", ".join(f"{p} {_version(p)}" for p in packages if p not in absent),
-                        "pip install 'pocketsam[export]'" if absent else ""))
+    for name, needs in registry.FORMAT_PACKAGES.items():
+        versions = {d: _version(d) for d in needs.distributions}
+        absent = not all(versions.values())
+        rows.append(Row(name, not absent, ", ".join(f"{d} {v}" for d, v in versions.items() if v),
+                        f"pip install 'pocketsam[{needs.extras}]'" if absent else ""))
     return rows
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,9 @@ def load_embedding(path: str | Path, spec: ModelSpec, weights_sha256: str) -> Em
         for t in spec.feature_specs():
             if features[t.name].shape != t.shape or features[t.name].dtype != np.float32:
                 raise ValueError(f"{t.name} has the wrong shape or dtype")
-    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as e:
+    except EmbeddingError:
+        raise
+    except Exception as e:  # numpy and zipfile raise a dozen unrelated classes for a damaged file
         raise EmbeddingError(f"{path} cannot be used as an embedding ({e}); embed the image again.") from e
     return Embedding(features, Frame.of(height, width, spec), spec.name, weights_sha256, str(meta["image_sha256"]))
 

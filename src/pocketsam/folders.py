@@ -1,7 +1,7 @@
 """Segmenting folders: resumable, over processes, one finished file per photo.
 
-    OUT/job.json             settings and model; another job's folder is refused
-    OUT/labels/<photo>.json  SA-1B style; written last, so that its presence means the photo is done
+    OUT/job.json             settings, model and runtime; another job's folder is refused
+    OUT/labels/<photo>.json  SA-1B style; written last and names the sha256 of its photo, so that it means: done
     OUT/overlays/<photo>.png
     OUT/coco.json            all photos (with shards: coco-00000-of-00003.json, ...)
 """
@@ -9,25 +9,30 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from pocketsam.embedding import Embedding, load_embedding
-from pocketsam.errors import EmbeddingError, ImageError, OutputError, UsageError, WorkerError
+from pocketsam.errors import EmbeddingError, ImageError, LabelError, OutputError, UsageError, WorkerError
 from pocketsam.everything import Settings, segment_everything
-from pocketsam.files import output_errors
+from pocketsam.files import output_errors, sha256_file
 from pocketsam.images import Rgb, image_id, load_rgb
 from pocketsam.labels import overlay, read_json, sa1b, save_overlay, write_coco, write_json
 from pocketsam.predictor import Predictor
+from pocketsam.registry import RUNTIME_OPTIONS
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 LABELS, OVERLAYS, JOB = "labels", "overlays", "job.json"
+COCO_FILE = re.compile(r"coco(-\d{5,}-of-\d{5,})?\.json")
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,17 @@ class Job:
         """The label file of a photo; the whole file name is kept, so ``a.jpg`` and ``a.png`` do not collide."""
         return self.out / LABELS / f"{photo.name}.json"
 
+    def holds(self, photo: Path) -> bool:
+        """Whether a photo is done: its label is there, whole, and was made from the same bytes."""
+        label = self.label(photo)
+        if not label.is_file():
+            return False
+        try:
+            return bool(read_json(label)["image"].get("file_sha256") == sha256_file(photo))
+        except (LabelError, OSError):
+            # A damaged label is made again; a photo that cannot be read is named when its turn comes.
+            return False
+
 
 @dataclass(frozen=True)
 class Done:
@@ -80,37 +96,58 @@ def photos_in(path: Path) -> list[Path]:
 
     Raises:
         UsageError: the folder holds no JPEG, PNG, WebP or BMP image.
-        ImageError: the path does not exist.
+        ImageError: the path does not exist or cannot be read.
     """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise ImageError(f"{path} does not exist; expected a photo or a folder of photos.")
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    try:
+        if path.is_file():
+            return [path]
+        if not path.is_dir():
+            raise ImageError(f"{path} does not exist; expected a photo or a folder of photos.")
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    except OSError as e:
+        raise ImageError(f"{path} cannot be opened ({e.strerror}); check the path.") from e
     if not found:
         raise UsageError(f"{path} holds no JPEG, PNG, WebP or BMP image.")
     return found
 
 
-def prepare(job: Job, weights_sha256: str, photos: Sequence[Path]) -> list[Path]:
+def prepare(job: Job, sam: Predictor, photos: Sequence[Path]) -> list[Path]:
     """Make the output folder, or check that it holds the same job, and return the photos still to do.
 
+    Args:
+        sam: the predictor that the job opens.
+
     Raises:
+        LabelError: the folder's ``job.json`` is damaged.
         OutputError: the folder cannot be written.
-        UsageError: it holds the results of other settings or of another model.
+        UsageError: it holds the results of other settings, or of another model, input side, precision or runtime.
     """
-    settings = {k: v for k, v in job.settings.to_json().items() if k != "batch"}
-    facts = {"settings": settings, "weights_sha256": weights_sha256}
-    path = job.out / JOB
+    path, facts = job.out / JOB, _facts(job, sam)
     if path.is_file():
-        if read_json(path) != facts:
-            raise UsageError(f"{job.out} holds masks made with other settings or another model; choose another folder "
-                             "or delete it.")
+        _check_same(job.out, read_json(path), facts)
     else:
         write_json(facts, path)
     with output_errors(job.out):
         (job.out / LABELS).mkdir(exist_ok=True)
-    return [p for p in photos if not job.label(p).is_file()]
+    return [p for p in photos if not job.holds(p)]
+
+
+def _facts(job: Job, sam: Predictor) -> dict[str, Any]:
+    """All that masks depend on, photos apart; the runtime is the one that ``auto`` chose."""
+    info = sam.info()
+    return {"settings": {k: v for k, v in job.settings.to_json().items() if k != "batch"},
+            "weights_sha256": sam.weights_sha256, "image_size": sam.spec.image_size, "precision": info["precision"],
+            "runtime": info["runtime"], "compute": info.get(RUNTIME_OPTIONS.get(info["runtime"], ""))}
+
+
+def _check_same(out: Path, held: Any, facts: dict[str, Any]) -> None:
+    if held == facts:
+        return
+    held = held if isinstance(held, dict) else {}
+    other = ", ".join(k if k in ("settings", "weights_sha256") else f"{k} {held.get(k)} and now {v}"
+                      for k, v in facts.items() if held.get(k) != v)
+    raise UsageError(f"{out} holds masks made with other settings or another model or runtime ({other}); ask for the "
+                     "same again, choose another folder or delete it.")
 
 
 def segment_photo(sam: Predictor, photo: Path, job: Job) -> Done:
@@ -123,9 +160,13 @@ def segment_photo(sam: Predictor, photo: Path, job: Job) -> Done:
     try:
         rgb = load_rgb(photo)
     except ImageError as e:
+        # What an earlier photo of this name left is not this photo's.
+        with output_errors(job.label(photo)):
+            job.label(photo).unlink(missing_ok=True)
         return Done(photo.name, problem=str(e))
     records = segment_everything(sam, rgb, job.settings, lambda part: embed(sam, part, job.embeddings))
     data = sa1b(records, photo.name, rgb.shape[0], rgb.shape[1], _number(photo.name))
+    data["image"]["file_sha256"] = sha256_file(photo)
     if job.overlays:
         save_overlay(overlay(rgb, data["annotations"]), job.out / OVERLAYS / f"{photo.name}.png")
     write_json(data, job.label(photo))
@@ -138,11 +179,9 @@ def embed(sam: Predictor, rgb: Rgb, folder: Path | None) -> Embedding:
         return sam.embed(rgb)
     path = folder / f"{image_id(rgb)[:32]}-{sam.weights_sha256[:12]}.npz"
     if path.is_file():
-        try:
+        # A damaged file in a cache is made again; saving replaces it.
+        with suppress(EmbeddingError):
             return load_embedding(path, sam.spec, sam.weights_sha256)
-        except EmbeddingError:
-            # A damaged file in a cache is made again.
-            path.unlink()
     made = sam.embed(rgb)
     made.save(path)
     return made
@@ -173,6 +212,8 @@ def run(job: Job, photos: Sequence[Path], workers: int = 1, report: Report = lam
 def finish(job: Job, photos: Sequence[Path], shard: int | None = None) -> list[Path]:
     """Join the labels of all finished photos into COCO files of at most ``shard`` photos each (one when None).
 
+    COCO files of an earlier run that are not among them are removed.
+
     Raises:
         OutputError: the output folder is full or not writable.
     """
@@ -184,6 +225,10 @@ def finish(job: Job, photos: Sequence[Path], shard: int | None = None) -> list[P
         name = "coco.json" if shard is None else f"coco-{i:05d}-of-{len(parts):05d}.json"
         write_coco(part, job.out / name)
         paths.append(job.out / name)
+    with output_errors(job.out):
+        for path in job.out.iterdir():
+            if COCO_FILE.fullmatch(path.name) and path not in paths:
+                path.unlink(missing_ok=True)
     return paths
 
 
@@ -221,7 +266,7 @@ def _in_processes(job: Job, photos: Sequence[Path], workers: int) -> Generator[D
 
 def _number(name: str) -> int:
     """A stable image id of 32 bits from the file name, the same in every run and on every machine."""
-    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
+    return int(hashlib.sha256(os.fsencode(name)).hexdigest()[:8], 16)
 
 
 def check_output(out: Path) -> None:

@@ -16,8 +16,8 @@ from pocketsam.errors import ImageError
 ImageLike = str | Path | Image.Image | NDArray[Any]
 Rgb = NDArray[np.uint8]
 
-# 200 megapixels: above every phone camera, and 600 MB as RGB.
-MAX_PIXELS = 200_000_000
+# What Pillow opens at most by default, twice its ``MAX_IMAGE_PIXELS``: 512 MiB as RGB.
+MAX_PIXELS = 178_956_970
 
 
 def load_rgb(image: ImageLike) -> Rgb:
@@ -36,22 +36,23 @@ def load_rgb(image: ImageLike) -> Rgb:
     if not isinstance(image, (str, Path)):
         raise ImageError(f"image is a {type(image).__name__}; expected a path, a PIL image or a uint8 (H, W, 3) array.")
     path = Path(image)
-    if path.is_dir():
-        raise ImageError(f"{path} is a folder, expected an image file.")
-    if not path.exists():
-        raise ImageError(f"{path} does not exist; check the image path.")
+    _check_path(path)
     with warnings.catch_warnings():
         # The size is checked below, against our own limit.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             with Image.open(path) as opened:
                 return _to_rgb(opened, str(path))
+        except ImageError:
+            raise
         except Image.DecompressionBombError as e:
-            raise _too_large(str(path)) from e
+            # The limit may be one that the program set.
+            raise ImageError(f"{path} has too many megapixels ({e}); scale it down before segmenting.") from e
         except UnidentifiedImageError as e:
             raise ImageError(f"{path} is not an image in a known format; expected a JPEG, PNG or similar file.") from e
-        except OSError as e:
-            raise ImageError(f"{path} cannot be read ({e}); the file may be truncated: copy it again.") from e
+        except Exception as e:  # Pillow raises a dozen unrelated classes for a damaged file
+            raise ImageError(f"{path} cannot be read ({e}); the file may be truncated or damaged: copy it "
+                             "again.") from e
 
 
 def image_id(rgb: Rgb) -> str:
@@ -59,6 +60,17 @@ def image_id(rgb: Rgb) -> str:
     digest = hashlib.sha256(repr(rgb.shape).encode())
     digest.update(np.ascontiguousarray(rgb).data)
     return digest.hexdigest()
+
+
+def _check_path(path: Path) -> None:
+    try:
+        folder, there = path.is_dir(), path.exists()
+    except OSError as e:
+        raise ImageError(f"{path} cannot be opened ({e.strerror}); check the image path.") from e
+    if folder:
+        raise ImageError(f"{path} is a folder, expected an image file.")
+    if not there:
+        raise ImageError(f"{path} does not exist; check the image path.")
 
 
 def _too_large(name: str) -> ImageError:
@@ -83,7 +95,9 @@ def _to_rgb(image: Image.Image, name: str) -> Rgb:
     try:
         image = ImageOps.exif_transpose(image)
         return np.asarray(_flatten(image, name))
-    except (OSError, SyntaxError, ValueError, EOFError) as e:
+    except ImageError:
+        raise
+    except Exception as e:  # Pillow raises a dozen unrelated classes for a damaged file
         raise ImageError(f"{name} cannot be decoded ({e}); the file may be truncated or damaged.") from e
 
 

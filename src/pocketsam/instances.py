@@ -53,7 +53,7 @@ def read_detections(path: Path) -> list[Detection]:
     """
     try:
         rows = list(_from_csv(path) if path.suffix.lower() == ".csv" else _from_json(path))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, csv.Error) as e:
         raise LabelError(f"{path} cannot be read as detections ({type(e).__name__}: {e}); expected COCO JSON, or CSV "
                          f"with the columns {', '.join(COLUMNS)}.") from e
     if not rows:

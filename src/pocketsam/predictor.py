@@ -14,7 +14,7 @@ from pocketsam.embedding import Embedding, check_identity, load_embedding
 from pocketsam.errors import EmbeddingError, PromptError
 from pocketsam.geometry import Bools, Frame, masks_from_logits, to_exact_image, to_model_image
 from pocketsam.images import ImageLike, Rgb, image_id, load_rgb
-from pocketsam.prompts import Prompt, decoder_inputs
+from pocketsam.prompts import Prompt, decoder_inputs, float_array
 from pocketsam.resampling import Floats
 from pocketsam.runtime import Runtime
 from pocketsam.specs import ModelSpec
@@ -126,12 +126,12 @@ class Predictor:
             boxes: (K, 4) x0, y0, x1, y1 in pixels.
 
         Raises:
-            PromptError: a box is empty or leaves the image, or no image is set.
+            PromptError: not numbers of this shape, a box is empty or leaves the image, or no image is set.
         """
         frame = self.current.frame
-        rows = np.asarray(boxes, np.float64)
-        if rows.ndim != 2 or rows.shape[1] != 4 or not len(rows):
-            raise PromptError(f"boxes has shape {rows.shape}; expected (K, 4) with at least one box.")
+        rows = float_array(boxes, "boxes", (-1, 4))
+        if not len(rows):
+            raise PromptError("boxes is empty; expected (K, 4) with at least one box.")
         low_res, scores = self._decode([Prompt.of(frame, self.spec, box=row) for row in rows])
         tokens = [single_token(logits, ious, self.spec) for logits, ious in zip(low_res, scores, strict=True)]
         chosen = np.arange(len(rows)), tokens

@@ -106,12 +106,17 @@ def decoder_inputs(prompts: Sequence[Prompt], frame: Frame, spec: ModelSpec, slo
     return {**points, "mask_input": mask_input, "has_mask_input": has_mask} if spec.mask_prompt else points
 
 
-def _array(value: Any, name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
+def float_array(value: Any, name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """User input as finite float64 numbers of a shape, in which -1 stands for any size.
+
+    Raises:
+        PromptError: ragged, not numeric, not finite, or of another shape.
+    """
     expected = f"({', '.join('K' if n < 0 else str(n) for n in shape)}{',' if len(shape) == 1 else ''})"
     try:
         array = np.asarray(value, np.float64)
-    except (TypeError, ValueError) as e:
-        raise PromptError(f"{name} is not numeric; expected an array of shape {expected}.") from e
+    except (TypeError, ValueError, OverflowError) as e:
+        raise PromptError(f"{name} is no array of numbers; expected shape {expected}.") from e
     if array.ndim != len(shape) or any(n >= 0 and n != got for n, got in zip(shape, array.shape, strict=True)):
         raise PromptError(f"{name} has shape {array.shape}; expected {expected}.")
     if not np.isfinite(array).all():
@@ -125,7 +130,7 @@ def _points(points: ArrayLike | None, labels: ArrayLike | None,
         if labels is not None:
             raise PromptError("labels were given without points; pass one label for each point.")
         return np.empty((0, 2)), np.empty(0)
-    p = _array(points, "points", (-1, 2))
+    p = float_array(points, "points", (-1, 2))
     if not len(p):
         raise PromptError("points is empty; pass at least one x,y pair or leave points out.")
     outside = (p < 0).any(1) | (p[:, 0] >= frame.width) | (p[:, 1] >= frame.height)
@@ -133,7 +138,7 @@ def _points(points: ArrayLike | None, labels: ArrayLike | None,
         x, y = p[outside][0]
         raise PromptError(f"point ({x:g}, {y:g}) is outside the image of {frame.width} x {frame.height} pixels; "
                           "points are x,y from the top left.")
-    lab = np.ones(len(p)) if labels is None else _array(labels, "labels", (-1,))
+    lab = np.ones(len(p)) if labels is None else float_array(labels, "labels", (-1,))
     if len(lab) != len(p):
         raise PromptError(f"{len(lab)} labels were given for {len(p)} points; pass one label for each point.")
     if not np.isin(lab, (0, 1)).all():
@@ -143,7 +148,7 @@ def _points(points: ArrayLike | None, labels: ArrayLike | None,
 
 
 def _box(box: ArrayLike, frame: Frame) -> NDArray[np.float64]:
-    b = _array(box, "box", (4,))
+    b = float_array(box, "box", (4,))
     x0, y0, x1, y1 = b
     if x1 <= x0 or y1 <= y0:
         raise PromptError(f"box ({x0:g}, {y0:g}, {x1:g}, {y1:g}) is empty; "
@@ -156,7 +161,10 @@ def _box(box: ArrayLike, frame: Frame) -> NDArray[np.float64]:
 
 def _mask(mask: ArrayLike, spec: ModelSpec) -> Floats:
     m = spec.mask_size
-    array = np.asarray(mask)
+    try:
+        array = np.asarray(mask)
+    except ValueError as e:
+        raise PromptError(f"the mask prompt is no array; expected float logits ({m}, {m}).") from e
     if array.shape == (1, m, m):
         array = array[0]
     if array.shape != (m, m) or array.dtype.kind != "f":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any, NamedTuple
 
 from pocketsam.errors import MissingDependency, UnknownName
@@ -14,6 +15,13 @@ class Package(NamedTuple):
     module: str
     distribution: str
     extra: str
+
+
+class Needs(NamedTuple):
+    """Distributions that must be installed, each imported by its name with underscores, and the extras with all."""
+
+    distributions: tuple[str, ...]
+    extras: str
 
 
 FORMATS = {
@@ -85,13 +93,15 @@ OPENVINO_PRECISIONS = ("f32", "bf16", "f16")
 # The argument of each runtime's ``open`` for the same.
 RUNTIME_OPTIONS = {"coreml": "compute_unit", "openvino": "inference_precision"}
 
-# Distributions that exporting to a format needs.
+# What exporting to a format needs.
 FORMAT_PACKAGES = {
-    "onnx": ("torch", "onnx", "onnxscript", "onnxruntime"),
-    "openvino": ("torch", "onnx", "onnxscript", "openvino"),
-    "litert": ("torch", "litert-torch", "ai-edge-quantizer", "ai-edge-litert"),
-    "coreml": ("torch", "coremltools"),
+    "onnx": Needs(("torch", "onnx", "onnxscript", "onnxruntime"), "export"),
+    "openvino": Needs(("torch", "onnx", "onnxscript", "openvino"), "export"),
+    "litert": Needs(("torch", "litert-torch", "ai-edge-quantizer", "ai-edge-litert"), "all"),
+    "coreml": Needs(("torch", "coremltools"), "export,coreml"),
 }
+# What quantizing for it needs.
+QUANTIZER_PACKAGES = {**FORMAT_PACKAGES, "openvino": Needs(("torch", "openvino", "nncf"), "all")}
 
 # Bytes of one file: offsets of the flatbuffer have 31 bits.
 FORMAT_LIMITS = {"litert": 2 ** 31}
@@ -121,15 +131,26 @@ def load(kind: str, name: str) -> Any:
 
     Raises:
         UnknownName: no such name.
-        MissingDependency: a runtime whose package is not installed; the message gives the command.
+        MissingDependency: a package of a runtime, format or quantizer is not installed, also one that is imported
+            only later; the message gives the command.
     """
     target = _TABLES[kind][check(kind, name)]
+    if kind == "format":
+        _check_installed(FORMAT_PACKAGES[name], f"exporting to {name}")
+    if kind == "quantizer":
+        _check_installed(QUANTIZER_PACKAGES[name], f"quantizing for {name}")
     try:
         return entry(target)
     except ModuleNotFoundError as e:
         if kind == "runtime" and (e.name or "").split(".")[0] == RUNTIME_PACKAGES[name].module:
             raise missing_runtime(name) from e
         raise
+
+
+def _check_installed(needs: Needs, purpose: str) -> None:
+    for distribution in needs.distributions:
+        if importlib.util.find_spec(distribution.replace("-", "_")) is None:
+            raise MissingDependency(distribution, needs.extras, purpose)
 
 
 def formats_of(size: int | None) -> list[str]:

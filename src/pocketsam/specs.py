@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -124,14 +123,16 @@ class ModelSpec:
                              (self.upscale, get_args(Upscale)), (self.padding, get_args(Padding))):
             if value not in known:
                 raise ValueError(f"model {self.name!r}: {value!r} is not one of {known}")
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(s > 0 for s in self.std):
-            raise ValueError(f"model {self.name!r}: mean and std need three values, std positive")
-        if not all(math.isfinite(v) for v in (*self.mean, *self.std)):
-            raise ValueError(f"model {self.name!r}: mean and std must be finite")
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise ValueError(f"model {self.name!r}: mean and std need three values")
+        if not all(0 <= v <= 255 for v in self.mean) or not all(0 < v <= 255 for v in self.std):
+            raise ValueError(f"model {self.name!r}: mean must be from 0 to 255, std above 0")
         if len(self.high_res_channels) not in (0, 2):
             raise ValueError(f"model {self.name!r}: high_res_channels needs zero or two entries")
         if len(self.stability) not in (0, 2):
             raise ValueError(f"model {self.name!r}: stability needs a delta and a threshold, or nothing")
+        if not all(0 <= v <= 1e6 for v in (*self.stability, self.logit_limit)):
+            raise ValueError(f"model {self.name!r}: stability and logit_limit must be from 0 to 1e6")
         if self.padding == "fill" and self.max_points < 2:
             raise ValueError(f"model {self.name!r}: padding 'fill' needs max_points of at least 2")
 
@@ -222,9 +223,34 @@ class ModelSpec:
             if unknown := sorted(set(data) - known):
                 raise ValueError(f"unknown fields {unknown}")
             clean: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-            for key in ("image_size", "embed_dim", "embed_size", "prompt_size", "hq_channels", "max_points"):
-                if key in clean and (not isinstance(clean[key], int) or clean[key] > 8192):
-                    raise ValueError(f"{key} must be an integer of at most 8192")
+            for key, value in clean.items():
+                _check_type(key, value)
             return cls(**clean)
         except (TypeError, ValueError, AttributeError) as e:
             raise BundleError(f"the bundle's model description is not usable ({e}); export the bundle again.") from e
+
+
+_TEXTS = ("name", "family", "resize", "resampling", "upscale", "padding")
+_COUNTS = ("image_size", "embed_dim", "embed_size", "prompt_size", "hq_channels", "max_points")
+
+
+def _check_type(key: str, value: Any) -> None:
+    """Raise ValueError unless a value of untrusted JSON has the type of its field in ModelSpec."""
+    if key in _TEXTS:
+        good, expected = isinstance(value, str), "text"
+    elif key in _COUNTS:
+        good, expected = _is_count(value), "an integer from 0 to 8192"
+    elif key == "high_res_channels":
+        good, expected = isinstance(value, tuple) and all(_is_count(v) and v for v in value), "integers from 1 to 8192"
+    elif key in ("mean", "std", "stability"):
+        good, expected = isinstance(value, tuple) and all(isinstance(v, (int, float)) for v in value), "numbers"
+    elif key == "logit_limit":
+        good, expected = isinstance(value, (int, float)), "a number"
+    else:
+        good, expected = isinstance(value, bool), "true or false"
+    if not good:
+        raise ValueError(f"{key} must be {expected}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= 8192

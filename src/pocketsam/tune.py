@@ -18,7 +18,7 @@ from pocketsam import __version__
 from pocketsam.api import open_bundle
 from pocketsam.bundle import Bundle
 from pocketsam.doctor import machine, runtimes
-from pocketsam.errors import BundleError, MissingDependency, PocketSamError, UnknownName
+from pocketsam.errors import BundleError, PocketSamError, UnknownName, UsageError
 from pocketsam.files import cache_root, staged_file
 from pocketsam.geometry import Frame
 from pocketsam.prompts import Prompt, decoder_inputs
@@ -38,7 +38,7 @@ class Candidate:
 
     Attributes:
         encoder_ms, decoder_ms: best of a few calls after a warm-up, readback included; decoder for one prompt.
-        agreement: mean mask IoU with PyTorch that was measured at export.
+        agreement: mean mask IoU with PyTorch that was measured at export; 0 where the bundle does not say.
         problem: empty, or why it could not be measured.
     """
 
@@ -118,14 +118,21 @@ def _candidates(bundle: Bundle) -> list[tuple[str, str]]:
 
 def _measure(bundle: Bundle, runtime: str, precision: str, threads: int | None,
              report: Callable[[str], None]) -> Candidate:
-    agreement = float(bundle.find(RUNTIME_FORMATS[runtime], precision, "encoder").measured["all"]["mean"])
+    held = (RUNTIME_FORMATS[runtime], precision, "encoder")
+    agreement = next((a.agreement for a in bundle.artifacts if (a.format, a.precision, a.graph) == held), 0.0)
     report(f"timing {runtime} {precision}")
     if not next(row.usable for row in runtimes() if row.name == runtime):
         return Candidate(runtime, precision, 0, 0, agreement, str(missing_runtime(runtime)))
     try:
         encoder, decoder = time_runtime(open_bundle(bundle, runtime, precision, threads))
-    except (BundleError, MissingDependency) as e:
+    except UsageError:
+        # Of what the user asked for by an environment variable, not of this bundle.
+        raise
+    except PocketSamError as e:
         return Candidate(runtime, precision, 0, 0, agreement, str(e))
+    except Exception as e:  # engines raise classes of their own for a graph that opens and does not run
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        return Candidate(runtime, precision, 0, 0, agreement, f"{runtime} cannot run the {precision} graphs ({reason})")
     return Candidate(runtime, precision, round(encoder, 3), round(decoder, 3), agreement)
 
 

@@ -69,7 +69,7 @@ def everything(
     sam = job.open()
     job = replace(job, settings=replace(default_settings(sam.spec.name), **changes), runtime=sam.info()["runtime"],
                   precision=sam.info()["precision"])
-    todo = prepare(job, sam.weights_sha256, found)
+    todo = prepare(job, sam, found)
     outcomes = _run(job, todo, engine, workers, address, sam, json_)
     files = finish(job, found, shard)
     info = {**sam.info(), "click_graphs": has_click_graphs(sam.runtime)}

@@ -34,6 +34,8 @@ def segment(
     boxes = [_floats(b, (4,), "box", "x0,y0,x1,y1") for b in box or []]
     if len(boxes) > 1 and points:
         raise UsageError("several boxes cannot be combined with points; segment one object at a time.")
+    if len(boxes) > 1 and multimask:
+        raise UsageError("--multimask gives the three masks of one object; pass a single --box, or leave it out.")
     if not boxes and not points:
         raise PromptError("no prompt was given; pass --point x,y or --box x0,y0,x1,y1.")
     rgb = load_rgb(image)
