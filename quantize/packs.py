@@ -11,12 +11,18 @@ from PIL import Image
 
 from pocketsam.errors import ImageError, LabelError, UsageError
 from pocketsam.images import Rgb, load_rgb
-from pocketsam.labelled import Pack
+from pocketsam.labelled import UNUSABLE, Pack
 
 
 def is_pack(path: Path) -> bool:
-    """Whether a path is a tar file; its contents are checked when it is read."""
-    return path.is_file() and tarfile.is_tarfile(path)
+    """Whether a path is an uncompressed tar file; its contents are checked when it is read."""
+    if not path.is_file():
+        return False
+    try:
+        with tarfile.open(path, "r:"):
+            return True
+    except tarfile.TarError:
+        return False
 
 
 def pack_images(path: Path, count: int, rng: np.random.Generator) -> tuple[list[Rgb], list[str]]:
@@ -35,7 +41,7 @@ def pack_images(path: Path, count: int, rng: np.random.Generator) -> tuple[list[
                 break
             try:
                 images.append(load_rgb(Image.open(io.BytesIO(pack.photo(pack.rows[i])))))
-            except (ImageError, LabelError, OSError) as e:
+            except (ImageError, LabelError, *UNUSABLE) as e:
                 skipped.append(f"{pack.rows[i]['id']}.jpg ({e})")
     if not images:
         raise ImageError(f"none of the {len(pack.rows)} images in {path} can be read.")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import lzma
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +17,17 @@ import numpy as np
 import pytest
 from blobs import BlobRuntime
 from PIL import Image
-from tars import write_tar
+from tars import read_tar, write_tar
 
 from pocketsam import rle
 from pocketsam.benchmarks.accuracy import agreement, open_data, quality, regions, retention
 from pocketsam.benchmarks.coco import CocoFolder, fill
 from pocketsam.distance import inner_point
 from pocketsam.errors import LabelError, UsageError
+from pocketsam.models.catalog import spec
 from pocketsam.parity import mask_iou
 from pocketsam.predictor import Predictor
+from pocketsam.quantize.calibration import collect
 
 H, W = 60, 90
 SQUARE = [10.0, 10.0, 40.0, 10.0, 40.0, 30.0, 10.0, 30.0]
@@ -179,6 +184,54 @@ def test_bad_packs(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(LabelError, match="no JSON"):
         open_data(tmp_path / "empty")
+
+
+def lost(picture: bytes) -> bytes:
+    """A PNG of which the pixels end early, in the middle of nothing that is a chunk."""
+    at = picture.index(b"IDAT") - 4
+    return picture[:at] + (50).to_bytes(4, "big") + picture[at + 4:]
+
+
+def unfinished(picture: bytes) -> bytes:
+    """A PNG with an empty chunk where a number is expected."""
+    at = picture.index(b"IDAT") - 4
+    return picture[:at] + b"\0\0\0\0gAMA" + zlib.crc32(b"gAMA").to_bytes(4, "big") + picture[at:]
+
+
+@pytest.mark.parametrize("name", ["im0.jpg", "im0.1.png"])
+@pytest.mark.parametrize("damage", [lost, unfinished, lambda picture: picture[:60]])
+def test_damaged_pictures(tmp_path: Path, name: str, damage: Callable[[bytes], bytes]) -> None:
+    members = read_tar(make_pack(tmp_path / "p.tar", photos=1))
+    pack = write_tar(tmp_path / "damaged.tar", {**members, name: damage(members[name])})
+    with pytest.raises(LabelError, match="as a pack"):
+        quality(sam(), open_data(pack))
+
+
+def test_pictures_that_claim_to_be_huge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = open_data(make_pack(tmp_path / "p.tar"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", H * W // 2 - 1)
+    with pytest.raises(LabelError, match="exceeds limit"):
+        quality(sam(), data)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, lzma.compress, lambda data: gzip.compress(data)[:99],
+                                      lambda data: lzma.compress(data)[:99]])
+def test_packs_are_not_compressed(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    (tmp_path / "p.tar.x").write_bytes(compress(make_pack(tmp_path / "p.tar").read_bytes()))
+    with pytest.raises(LabelError, match="expected an uncompressed tar"):
+        open_data(tmp_path / "p.tar.x")
+    with pytest.raises(UsageError, match="neither a folder nor a pack"):
+        collect(tmp_path / "p.tar.x", spec("lite0"))
+
+
+def test_calibration_leaves_damaged_pictures_of_a_pack_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = read_tar(make_pack(tmp_path / "p.tar"))
+    members |= {"im0.jpg": lost(members["im0.jpg"]), "im1.jpg": unfinished(members["im1.jpg"])}
+    members["im2.jpg"] = png(np.zeros((3 * H, W, 3), np.uint8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", H * W)
+    found = collect(write_tar(tmp_path / "damaged.tar", members), spec("lite0"), count=4)
+    assert found.distinct == 1
+    assert [s.split(" ")[0] for s in found.skipped] == ["im0.jpg", "im1.jpg", "im2.jpg"]
 
 
 def test_quality_is_reproducible_and_by_source(tmp_path: Path) -> None:

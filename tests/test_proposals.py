@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from drawn import PLAIN, SIZE, generator
+from tars import read_tar, write_tar
 from torch import Tensor
 
 import pocketsam.training.propose as training_propose
 from pocketsam.builtin import checkpoint_for
+from pocketsam.errors import LabelError
 from pocketsam.training.__main__ import main
 from pocketsam.training.batches import PROPOSED_RATE, image_weights, make_batch
 from pocketsam.training.on_device import DeviceCache
-from pocketsam.training.packs import Cache
+from pocketsam.training.packs import Cache, build_cache
 from pocketsam.training.propose import NO_PHOTOS, choose, paint, propose
 from pocketsam.training.ship import load_weights
 
@@ -56,17 +61,22 @@ def test_painted_labels_are_the_masks_in_the_cache_frame() -> None:
 
 
 @pytest.fixture(scope="module")
-def proposed(drawn_cache: Cache) -> Cache:
+def sure() -> Iterator[None]:
+    """No model is sure of what it sees in drawings of 64 pixels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_propose, "LEAST_SCORE", 0.3)
+        patch.setattr(training_propose, "LEAST_STABILITY", 0.5)
+        yield
+
+
+@pytest.fixture(scope="module")
+def proposed(drawn_cache: Cache, sure: None) -> Cache:
     sparse = replace(drawn_cache, labels=drawn_cache.labels.clone(), sources=list(drawn_cache.sources))
     for i in (0, 1):
         for layer in sparse.layers[i]:
             sparse.labels[layer] = 1
     sparse.sources[2] = min(NO_PHOTOS)
-    with pytest.MonkeyPatch.context() as patch:
-        # No model is sure of what it sees in drawings of 64 pixels.
-        patch.setattr(training_propose, "LEAST_SCORE", 0.3)
-        patch.setattr(training_propose, "LEAST_STABILITY", 0.5)
-        return propose(load_weights(checkpoint_for("lite0", None)), sparse)
+    return propose(load_weights(checkpoint_for("lite0", None)), sparse)
 
 
 def test_only_photos_with_few_labels_get_proposals(drawn_cache: Cache, proposed: Cache) -> None:
@@ -98,6 +108,37 @@ def test_batches_show_proposals_at_their_rate(proposed: Cache) -> None:
         shown = float((batch.boxes == torch.tensor([0.0, 0, width, height])).all(1).float().mean())
         assert abs(shown - PROPOSED_RATE) < 0.12
     assert float(image_weights(cache).sum()) > 0
+
+
+def test_photos_without_annotations_show_proposals(drawn_pack: Path, tmp_path: Path, sure: None) -> None:
+    """One photo of six, then all, have no layers."""
+    members = read_tar(drawn_pack)
+    rows = json.loads(members["index.json"])
+    teacher = load_weights(checkpoint_for("lite0", None))
+    for bare in (rows[3:4], rows):
+        for row in bare:
+            row["layers"] = []
+        pack = write_tar(tmp_path / "bare.tar", {**members, "index.json": json.dumps(rows).encode()})
+        cache = propose(teacher, build_cache([pack], SIZE))
+        for i, row in enumerate(rows):
+            if not row["layers"]:
+                assert cache.regions[i] == sum(int(cache.labels[k].max()) for k in cache.proposed[i])
+        assert image_weights(cache)[3] > 0
+        height, width = cache.content[3]
+        for k in cache.proposed[3]:
+            cache.labels[k] = 1
+        only = torch.where(torch.arange(6) == 3, 1.0, 0.0)
+        near = DeviceCache(cache, torch.device("cpu"))
+        near.weights = only
+        host = make_batch(cache, only, 20, 1, SIZE, PLAIN, generator()).batch(torch.device("cpu"))
+        for batch in (host, near.batch(20, 1, SIZE, PLAIN, generator())):
+            assert batch.boxes.tolist() == [[0, 0, width, height]] * 20
+
+
+def test_photos_without_any_region_are_refused(drawn_cache: Cache) -> None:
+    bare = replace(drawn_cache, layers=[[] for _ in drawn_cache.layers], regions=[0] * len(drawn_cache.regions))
+    with pytest.raises(LabelError, match="no photo of the packs has an annotated region"):
+        image_weights(bare)
 
 
 @pytest.mark.parametrize("option", ["--propose", "--teacher"])

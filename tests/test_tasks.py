@@ -19,6 +19,7 @@ from pocketsam.edges import find_edges, thin
 from pocketsam.errors import LabelError
 from pocketsam.everything import Settings
 from pocketsam.instances import read_detections
+from pocketsam.labels import read_json
 from pocketsam.photos import photo_paths
 from pocketsam.predictor import Predictor
 from pocketsam.proposals import average_recall, propose, recalls
@@ -75,6 +76,14 @@ def test_thinning_keeps_the_crest() -> None:
         assert line[:, 30].all()
 
 
+@pytest.mark.parametrize("shape", [(1, 60), (60, 1), (1, 1)])
+def test_photos_one_pixel_wide_have_edges(shape: tuple[int, int]) -> None:
+    line = np.exp(-(np.arange(60) - 30.0) ** 2 / 8).astype(np.float32)
+    kept = thin(line[:shape[0] * shape[1]].reshape(shape))
+    assert np.flatnonzero(kept > 0.1).tolist() == ([30] if kept.size > 1 else [])
+    assert find_edges(Predictor(BlobRuntime(centres=1)), np.full((*shape, 3), 90, np.uint8), 2).shape == shape
+
+
 def test_matching_is_one_to_one_within_the_tolerance() -> None:
     truth = np.zeros((300, 400), bool)
     truth[100, 50:350] = True
@@ -102,6 +111,22 @@ def test_edge_scores() -> None:
     layer[:, 10:] = 1
     assert np.array_equal(np.flatnonzero(boundaries(layer).any(0)), [9])
     assert skeleton(np.ones((5, 30), bool)).sum() < 40
+
+
+# Found pixels matched, found pixels, true pixels matched, true pixels: precision 1 at recall 1/4, 1/2 at 3/4.
+SURE, UNSURE, NOTHING = (5, 5, 5, 20), (15, 30, 15, 20), (0, 0, 0, 20)
+
+
+@pytest.mark.parametrize(("rows", "expected"), [
+    # 51 steps from recall 0.25 to 0.75 with a mean precision of 3/4.
+    ([UNSURE, SURE], 51 * 0.75 * 0.01),
+    # A threshold that finds nothing has precision 0 at recall 0, from which the curve rises by 1/25 a step.
+    ([UNSURE, SURE, NOTHING], (51 * 0.75 + 12) * 0.01),
+    ([SURE, SURE], 0),
+])
+def test_average_precision_by_hand(rows: list[tuple[int, ...]], expected: float) -> None:
+    thresholds = np.linspace(0.3, 0.9, len(rows))
+    assert summarize([np.array(rows, float)], thresholds).ap == pytest.approx(expected)
 
 
 @pytest.fixture
@@ -141,11 +166,19 @@ def test_instances(cli: Run, toy_bundle: Path, detections: tuple[Path, Path, Pat
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '[{"image_id": 1}]', '[{"image_id": 1, "bbox": [1, 2, 0, 4]}]',
-                                  '[{"image_id": 1, "bbox": [1, 2, NaN, 4]}]', '[{"image_id": 1, "bbox": "x"}]'])
+                                  '[{"image_id": 1, "bbox": [1, 2, NaN, 4]}]', '[{"image_id": 1, "bbox": "x"}]',
+                                  "[" * 100_000, f'[{{"image_id": 1, "bbox": [1, 2, {"9" * 400}, 4]}}]'])
 def test_bad_detections(tmp_path: Path, text: str) -> None:
     (tmp_path / "boxes.json").write_text(text)
     with pytest.raises(LabelError):
         read_detections(tmp_path / "boxes.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000])
+def test_damaged_labels(tmp_path: Path, text: str) -> None:
+    (tmp_path / "photo.json").write_text(text)
+    with pytest.raises(LabelError, match="delete it to make it again"):
+        read_json(tmp_path / "photo.json")
 
 
 def test_commands(cli: Run, toy_bundle: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from drawn import PLAIN, SIZE, generator, toy
+from tars import read_tar, write_tar
 
 import pocketsam
+from pocketsam.errors import EmbeddingError, LabelError
 from pocketsam.labelled import read_pack
 from pocketsam.models.builders import mobile_sam
 from pocketsam.models.lite0 import lite0
 from pocketsam.predictor import Predictor
+from pocketsam.training.__main__ import main
 from pocketsam.training.augment import Augment
 from pocketsam.training.batches import image_weights, make_batch
 from pocketsam.training.distill import StoredTeacher
@@ -52,7 +56,7 @@ def test_an_interrupted_teacher_continues(teacher: Predictor, drawn_pack: Path, 
     rows.flush()
     beside = out.with_suffix(".json")
     beside.write_text(json.dumps({**json.loads(beside.read_text()), "done": 4}))
-    with pytest.raises(ValueError, match="4 of 6 photos"):
+    with pytest.raises(EmbeddingError, match="4 of 6 photos"):
         open_taught(out, [drawn_pack])
     teach(teacher, [drawn_pack], out, 16)
     again = np.load(out)
@@ -66,10 +70,44 @@ def test_other_packs_and_sides_are_refused(teacher: Predictor, drawn_pack: Path,
     with pytest.raises(ValueError, match="side 32, which 24"):
         teach(teacher, [drawn_pack], out, 24)
     teach(teacher, [drawn_pack], out, 16)
-    with pytest.raises(ValueError, match="choose another file"):
+    with pytest.raises(EmbeddingError, match="choose another file"):
         teach(teacher, [drawn_pack, drawn_pack], out, 16)
-    with pytest.raises(ValueError, match=r"expected all of other\.tar"):
+    with pytest.raises(EmbeddingError, match=r"not of pack\.tar, pack\.tar"):
+        open_taught(out, [drawn_pack, drawn_pack])
+    with pytest.raises(LabelError, match="as a pack"):
         open_taught(out, [Path("other.tar")])
+
+
+def test_embeddings_belong_to_the_bytes_of_a_pack(teacher: Predictor, drawn_pack: Path, tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    """A pack may be moved and renamed; the same name and number of photos with another picture is another pack."""
+    out, moved = tmp_path / "taught.npy", tmp_path / "moved.tar"
+    shutil.copy(drawn_pack, moved)
+    teach(teacher, [drawn_pack], out, 16)
+    assert len(open_taught(out, [moved])) == 6
+    members = read_tar(drawn_pack)
+    changed = write_tar(tmp_path / drawn_pack.name, {**members, "im3.jpg": members["im5.jpg"]})
+    with pytest.raises(EmbeddingError, match="as it was then"):
+        open_taught(out, [changed])
+    with pytest.raises(EmbeddingError, match="choose another file"):
+        teach(teacher, [changed], out, 16)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--data", str(changed), "--taught", str(out), "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert "as it was then" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_embeddings_of_unknown_packs_are_refused(teacher: Predictor, drawn_pack: Path, tmp_path: Path) -> None:
+    out = tmp_path / "taught.npy"
+    teach(teacher, [drawn_pack], out, 16)
+    beside = out.with_suffix(".json")
+    values = json.loads(beside.read_text())
+    del values["packs_sha256"]
+    beside.write_text(json.dumps(values))
+    for use in (lambda: open_taught(out, [drawn_pack]), lambda: teach(teacher, [drawn_pack], out, 16)):
+        with pytest.raises(EmbeddingError, match="does not say which packs"):
+            use()
 
 
 def test_only_images_shown_whole_learn_stored_embeddings(drawn_cache: Cache) -> None:

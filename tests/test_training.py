@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from drawn import PLAIN, SIZE, generator, toy
+from drawn import PLAIN, SIZE, generator, toy, write_pack
 from PIL import Image
 
+import pocketsam.training.fit as training_fit
+from pocketsam.errors import UsageError
 from pocketsam.models.lite0 import lite0
 from pocketsam.training import losses
 from pocketsam.training.__main__ import main
 from pocketsam.training.augment import Augment
+from pocketsam.training.checkpoint import CHECKPOINT
 from pocketsam.training.curves import draw_curves
-from pocketsam.training.loop import CHECKPOINT, LOG, Phase, Recipe, Trainer, schedule
+from pocketsam.training.loop import LOG, Phase, Recipe, Trainer, schedule
 from pocketsam.training.on_device import DeviceCache
 from pocketsam.training.packs import Cache
+from pocketsam.training.presets import PRESETS, Preset
 from pocketsam.training.rounds import chosen_logits
 from pocketsam.training.ship import load_weights, ship
 
@@ -94,6 +101,69 @@ def test_resuming_continues_bit_for_bit(drawn_cache: Cache, tmp_path: Path) -> N
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[key]), key
         assert torch.equal(whole.average[key], second.average[key]), key
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ({"lr": 1e-4}, "another lr;"), ({"seed": 1}, "another seed;"), ({"steps": 8}, "another steps;"),
+    ({"steps": None, "minutes": 3}, "another minutes, steps;"),
+    ({"phases": (Phase(1, SIZE, 2, 2, 1, frozen=2),)}, "another phases;"),
+])
+def test_a_run_is_continued_with_its_own_recipe_only(drawn_cache: Cache, tmp_path: Path, change: dict[str, Any],
+                                                     named: str) -> None:
+    """But on any machine, whatever it computes in."""
+    Trainer(toy(), drawn_cache, RECIPE, tmp_path).save()
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    assert Trainer(toy(), drawn_cache, replace(RECIPE, bf16=True), tmp_path).step == 0
+    with pytest.raises(UsageError, match=named):
+        Trainer(toy(), drawn_cache, replace(RECIPE, **change), tmp_path)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+def test_a_checkpoint_without_its_recipe_is_refused(drawn_cache: Cache, tmp_path: Path) -> None:
+    trainer = Trainer(toy(), drawn_cache, RECIPE, tmp_path)
+    trainer.save()
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    del state["plan"]
+    torch.save(state, tmp_path / CHECKPOINT)
+    with pytest.raises(UsageError, match="earlier version"):
+        trainer.resume()
+
+
+def test_a_run_without_a_checkpoint_starts_its_log_anew(drawn_cache: Cache, tmp_path: Path) -> None:
+    Trainer(toy(), drawn_cache, RECIPE, tmp_path)
+    trainer = Trainer(toy(), drawn_cache, RECIPE, tmp_path)
+    assert len((tmp_path / LOG).read_text().splitlines()) == 1
+    trainer.save()
+    Trainer(toy(), drawn_cache, RECIPE, tmp_path).run(log_steps=2)
+    assert [json.loads(line).get("step") for line in (tmp_path / LOG).read_text().splitlines()] == [None, 2, 4]
+
+
+def test_fit_continues_by_the_same_call_only(drawn_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    for name, frozen in (("one", 6), ("two", 5)):
+        monkeypatch.setitem(PRESETS, name, partial(small_preset, frozen))
+    run, more = tmp_path / "run", write_pack(tmp_path / "more.tar", seed=1)
+    call = {"--data": drawn_pack, "--out": run, "--preset": "one", "--minutes": 0.02}
+
+    def call_with(**options: object) -> None:
+        main(["fit", *(str(x) for pair in {**call, **{f"--{k}": v for k, v in options.items()}}.items() for x in pair)])
+
+    moved = tmp_path / "moved.tar"
+    shutil.copy(drawn_pack, moved)
+    call_with()
+    call_with(data=moved, workers=1)
+    monkeypatch.setattr(training_fit, "build_cache", None)
+    for options, named in (({"lr": 1e-5}, "another lr"), ({"seed": 2}, "another seed"), ({"preset": "two"}, "preset"),
+                           ({"minutes": 9}, "another minutes"), ({"data": more}, "another data"),
+                           ({"initial": run}, "another initial")):
+        with pytest.raises(SystemExit) as stop:
+            call_with(**options)
+        assert stop.value.code == 2
+        assert named in capsys.readouterr().err
+
+
+def small_preset(frozen: int, minutes: float) -> Preset:
+    return Preset(Recipe((Phase(1, SIZE, 1, 1, 1, frozen=frozen),), minutes=minutes), cache=SIZE)
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(drawn_cache: Cache,

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from pocketsam import load
+from pocketsam.errors import PocketSamError
 from pocketsam.models.lite0 import lite0
 from pocketsam.models.loading import load_model
 from pocketsam.training.convert_trunk import convert_trunk
@@ -27,10 +28,14 @@ from pocketsam.training.teach import open_taught, teach
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.run(args)
+    try:
+        args.run(args)
+    except PocketSamError as e:
+        parser.exit(2, f"{parser.prog}: error: {e}\n")
 
 
 def _fit(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pocketsam.errors import LabelError
 from pocketsam.training.augment import (
     Augment,
     apply_colour,
@@ -24,7 +25,7 @@ MASK_STRIDE = 4
 # In pixels of the decoder's masks; smaller regions have no reliable shape there.
 LEAST_AREA = 10
 TRIES = 20
-# Of images with proposed layers, how often one of those is shown.
+# Of images with annotated and proposed layers, how often one of the latter is shown.
 PROPOSED_RATE = 0.35
 
 
@@ -76,10 +77,17 @@ class Batch:
 
 
 def image_weights(cache: Cache) -> Tensor:
-    """Sampling weights (N,): each source counts with the square root of its number of regions."""
+    """Sampling weights (N,): each source counts with the square root of its number of regions.
+
+    Raises:
+        LabelError: no image has any.
+    """
     regions, images = Counter[str](), Counter(cache.sources)
     for source, count in zip(cache.sources, cache.regions, strict=True):
         regions[source] += count
+    if not any(regions.values()):
+        raise LabelError("no photo of the packs has an annotated region; add packs with annotations, or let a model "
+                         "propose regions.")
     weights = [regions[s] ** 0.5 / images[s] if count else 0.0
                for s, count in zip(cache.sources, cache.regions, strict=True)]
     return torch.tensor(weights)
@@ -117,7 +125,7 @@ def _cut(cache: Cache, weights: Tensor, prompts: int, size: int, augment: Augmen
     """One image with its regions, or None when the window shows none."""
     index = int(torch.multinomial(weights, 1, generator=generator))
     layers = cache.layers[index]
-    if cache.proposed and cache.proposed[index] and uniform(generator) < PROPOSED_RATE:
+    if cache.proposed and cache.proposed[index] and (not layers or uniform(generator) < PROPOSED_RATE):
         layers = cache.proposed[index]
     layer = layers[int(torch.randint(len(layers), (), generator=generator))]
     window = sample_window(cache.content[index], cache.size, size, augment, generator)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pocketsam.geometry import Frame, to_model_image
 from pocketsam.labelled import Labelled, read_pack
-from pocketsam.models.prompt_encoder import EMPTY_SLOT, PADDING_POINT
 from pocketsam.models.sam import Features, SegmentAnything
-from pocketsam.specs import ModelSpec
+from pocketsam.prompts import Prompt, decoder_inputs
+from pocketsam.specs import DEFAULT_SLOTS, ModelSpec
 from pocketsam.training.batches import boxes_of
 from pocketsam.training.distance import centre_point, centre_points
 from pocketsam.training.losses import mask_iou
@@ -101,18 +103,16 @@ def region_masks(sample: Labelled, most: int | None, generator: torch.Generator)
 def _evaluate_image(model: SegmentAnything, spec: ModelSpec, sample: Labelled, masks: Tensor) -> list[Region]:
     truth = masks.to(next(model.parameters()).device)
     frame, features = embedded(model, spec, sample)
-    scale = scale_of(frame, truth)
-    boxes = boxes_of(truth).reshape(-1, 2, 2) * scale
-    centres = torch.stack([centre_point(m) for m in truth]) * scale
-
-    logits, scores = answer_to(model, features, prompts_of(boxes, (2.0, 3.0)), None)
+    logits, scores = answer_to(model, features, in_slots(box_prompts(truth, frame, spec), frame, spec, truth), None)
     box_iou, box_score = mask_iou(to_image(logits[:, 0], frame), truth), scores[:, 0]
-    prompts = point_prompts(centres)
+    clicks = click_prompts([centre_point(m) for m in truth], frame, spec)
+    prompts = in_slots(clicks, frame, spec, truth)
     logits, scores = answer_to(model, features, prompts, None)
     ious = mask_iou(to_image(logits[:, 1:].flatten(0, 1), frame).reshape(-1, 3, *truth.shape[1:]), truth[:, None])
     first = scores[:, 1:].argmax(1, keepdim=True)
     ranked, point_score = ious.gather(1, first)[:, 0], scores[:, 1:].gather(1, first)[:, 0]
-    clicked = _click(model, features, prompts, chosen_logits(logits, scores, prompts.ambiguous), truth, frame)
+    seen = chosen_logits(logits, scores, prompts.ambiguous)
+    clicked = _click(model, spec, features, clicks, seen, truth, frame)
     area = truth.float().mean((1, 2))
     columns = (area, box_iou, ranked, ious.amax(1), clicked, box_score, point_score)
     return [Region(sample.source, *values) for values in torch.stack(columns, 1).tolist()]
@@ -125,61 +125,69 @@ def embedded(model: SegmentAnything, spec: ModelSpec, sample: Labelled) -> tuple
     return frame, model.encode(model.normalize(pixels))
 
 
-def scale_of(frame: Frame, like: Tensor) -> Tensor:
-    """(2,) model pixels a photo pixel, XY, on the device of ``like``."""
-    return torch.tensor([frame.content_width / frame.width, frame.content_height / frame.height], device=like.device)
+def box_prompts(truth: Tensor, frame: Frame, spec: ModelSpec) -> list[Prompt]:
+    """The tight box of each of bool (M, H, W)."""
+    return [Prompt.of(frame, spec, box=box) for box in boxes_of(truth).tolist()]
 
 
-def point_prompts(points: Tensor) -> Prompts:
-    """A lone click at each of (M, 2), with its padding point."""
-    return prompts_of(torch.stack([points, torch.zeros_like(points)], 1), (1.0, PADDING_POINT), ambiguous=True)
+def click_prompts(points: Iterable[Tensor], frame: Frame, spec: ModelSpec) -> list[Prompt]:
+    """A lone click at each XY (2,) in the photo."""
+    return [Prompt.of(frame, spec, points=[point.tolist()]) for point in points]
 
 
-def _click(model: SegmentAnything, features: Features, prompts: Prompts, mask: Tensor, truth: Tensor,
-           frame: Frame) -> Tensor:
+def in_slots(prompts: Sequence[Prompt], frame: Frame, spec: ModelSpec, like: Tensor) -> Prompts:
+    """What the predictor sends for M prompts, on the device of ``like``."""
+    inputs = decoder_inputs(prompts, frame, spec, DEFAULT_SLOTS)
+    coords, labels = (torch.from_numpy(inputs[k]).to(like.device) for k in ("point_coords", "point_labels"))
+    return Prompts(coords, labels, torch.tensor([p.single_click for p in prompts], device=like.device))
+
+
+def _click(model: SegmentAnything, spec: ModelSpec, features: Features, prompts: list[Prompt], mask: Tensor,
+           truth: Tensor, frame: Frame) -> Tensor:
     """IoU (M,) after three clicks, each in the middle of the thickest error of the last answer.
 
     Errors are looked for at the decoder's resolution: quicker, and finer errors are not worth a click.
     """
     target = small_target(truth, frame, mask.shape[-1])
     for _ in range(CLICKS):
-        prompts = corrected(prompts, mask, target, frame.size)
-        mask = answer_to(model, features, prompts, mask)[0][:, 0]
+        prompts = corrected(prompts, mask, target, frame, spec)
+        mask = answer_to(model, features, in_slots(prompts, frame, spec, mask), mask)[0][:, 0]
     return mask_iou(to_image(mask, frame), truth)
 
 
 def small_target(truth: Tensor, frame: Frame, side: int) -> Tensor:
     """Bool (M, H, W) in the photo -> (M, side, side) in the model frame, true where most of a pixel is covered."""
-    cell = frame.size / side
-    small = (round(frame.content_height / cell), round(frame.content_width / cell))
+    small = _inside(frame, side)
     target = torch.zeros(len(truth), side, side, dtype=torch.bool, device=truth.device)
     target[:, :small[0], :small[1]] = F.interpolate(truth[None].float(), small, mode="area")[0] > 0.5
     return target
 
 
-def corrected(prompts: Prompts, mask: Tensor, target: Tensor, size: int) -> Prompts:
-    """The prompts with a click in the middle of the thickest error.
+def _inside(frame: Frame, side: int) -> tuple[int, int]:
+    """Rows and columns of a (side, side) mask in the model frame whose centres lie in the photo."""
+    cell = frame.size / side
+    return math.ceil(frame.content_height / cell - 0.5), math.ceil(frame.content_width / cell - 0.5)
+
+
+def corrected(prompts: Sequence[Prompt], mask: Tensor, target: Tensor, frame: Frame, spec: ModelSpec) -> list[Prompt]:
+    """The prompts with a click in the middle of the thickest error inside the photo.
 
     Args:
         mask: logits (M, h, w) of the last answer.
-        target: bool (M, h, w).
-        size: S.
+        target: bool (M, h, w), of :func:`small_target`.
     """
-    error = (mask > 0) ^ target
+    rows, columns = _inside(frame, target.shape[-1])
+    error = torch.zeros_like(target)
+    error[:, :rows, :columns] = ((mask > 0) ^ target)[:, :rows, :columns]
     error = torch.where(error.flatten(1).any(1)[:, None, None], error, target)
     points = centre_points(error)
     column, row = points.long().unbind(1)
-    labels = target[torch.arange(len(target), device=target.device), row, column].float()
-    # The padding point belongs to a lone click.
-    alone = replace(prompts, labels=torch.where(prompts.labels == PADDING_POINT, EMPTY_SLOT, prompts.labels))
-    return alone.clicked(points * (size / target.shape[-1]), labels)
-
-
-def prompts_of(coords: Tensor, labels: Sequence[float], ambiguous: bool = False) -> Prompts:
-    """The same labels for every row of coordinates (M, N, 2)."""
-    rows = len(coords)
-    values = torch.tensor(labels, device=coords.device).expand(rows, -1)
-    return Prompts(coords, values, torch.full((rows,), ambiguous, device=coords.device))
+    labels = target[torch.arange(len(target), device=target.device), row, column].tolist()
+    # Photo pixels.
+    cell = frame.size / target.shape[-1] * np.array([frame.width / frame.content_width,
+                                                     frame.height / frame.content_height])
+    return [Prompt.of(frame, spec, points=[*p.points, xy * cell], labels=[*p.labels, label])
+            for p, xy, label in zip(prompts, points.cpu().numpy(), labels, strict=True)]
 
 
 def answer_to(model: SegmentAnything, features: Features, prompts: Prompts,

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from pocketsam.doctor import machine
+from pocketsam.labelled import identity
 from pocketsam.models.lite0 import LiteEncoder, lite0
 from pocketsam.models.loading import load_model
 from pocketsam.models.mask_decoder import TwoWayBlock
 from pocketsam.models.sam import SegmentAnything
+from pocketsam.training.checkpoint import CHECKPOINT, plan_of, read_checkpoint
 from pocketsam.training.convert_trunk import load_trunk
 from pocketsam.training.distill import StoredTeacher, load_teacher
 from pocketsam.training.loop import Recipe, Trainer
@@ -98,7 +101,7 @@ def fit(data: Sequence[Path], out: Path, preset: str, minutes: float, *, trunk: 
         initial: Path | None = None, lr: float | None = None, seed: int = 0, workers: int = 2,
         teaching: Teaching | Stored | None = None, proposer: tuple[str, Path] | None = None,
         stop_after: float | None = None) -> None:
-    """Train lite0, or continue the run in ``out``.
+    """Train lite0, or continue the run in ``out``, by the same call but for ``workers`` and ``stop_after``.
 
     Args:
         data: packs to train on.
@@ -113,18 +116,30 @@ def fit(data: Sequence[Path], out: Path, preset: str, minutes: float, *, trunk: 
         teaching: distil from another model, or from embeddings that one made.
         proposer: name and checkpoint of a model that proposes further regions for sparsely labelled images.
         stop_after: minutes after which to save and return, to be continued by the same call.
+
+    Raises:
+        UsageError: the run in ``out`` was begun by another call.
+        EmbeddingError: the stored embeddings are not those of the packs.
+        LabelError: a pack cannot be used.
     """
     chosen = PRESETS[preset](minutes)
     device = "cuda" if torch.cuda.is_available() and preset == "gpu" else "cpu"
     recipe = replace(chosen.recipe, seed=seed, lr=lr or chosen.recipe.lr,
                      bf16=chosen.recipe.bf16 and computes_bf16(device))
+    call = {"preset": preset, "data": [identity(path) for path in data], "trunk": str(trunk), "initial": str(initial),
+            "teacher": str(teaching), "propose": str(proposer)}
+    # Before minutes of decoding.
+    if (out / CHECKPOINT).is_file():
+        read_checkpoint(out, plan_of(asdict(recipe), call), torch.device("cpu"))
+    if isinstance(teaching, Stored):
+        open_taught(teaching.path, data)
     cache = build_cache(data, chosen.cache, workers)
     if proposer is not None:
         cache = propose(load_model(*proposer).to(device), cache, computes_bf16(device))
         layers, images = sum(map(len, cache.proposed)), sum(map(bool, cache.proposed))
         print(f"{layers} layers proposed for {images} images", flush=True)
     spawn(chosen.processes, _train, cache, recipe, out, Start(initial, trunk), device, teaching, data,
-          stop_after)
+          call, stop_after)
 
 
 def computes_bf16(device: str) -> bool:
@@ -133,7 +148,7 @@ def computes_bf16(device: str) -> bool:
 
 
 def _train(cache: Cache, recipe: Recipe, out: Path, start: Start, device: str, teaching: Teaching | Stored | None,
-           data: Sequence[Path], stop_after: float | None) -> None:
+           data: Sequence[Path], call: Mapping[str, Any], stop_after: float | None) -> None:
     place = torch.device(device)
     if place.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -146,4 +161,4 @@ def _train(cache: Cache, recipe: Recipe, out: Path, start: Start, device: str, t
     loss = partial(quantized_episode, weight=recipe.quantized) if recipe.quantized else episode
     if teaching is not None:
         loss = partial(episode, teacher=teaching.teacher(place, data))
-    Trainer(model, cache, recipe, out, loss).run(stop_after=stop_after)
+    Trainer(model, cache, recipe, out, loss, call).run(stop_after=stop_after)

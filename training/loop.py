@@ -1,11 +1,15 @@
-"""The training loop: AdamW, warm-up and cosine, an average of the weights, checkpoints that resume bit for bit."""
+"""The training loop: AdamW, warm-up and cosine, an average of the weights, checkpoints to resume from.
+
+A run that is counted in steps resumes bit for bit. One that is counted in minutes follows the clock: after a break the
+same phases and rates come at other steps.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from pocketsam.models.sam import SegmentAnything
 from pocketsam.photos import CALIBRATION_IMAGES
 from pocketsam.training.augment import Augment
 from pocketsam.training.batches import Batch, image_weights, make_batch
+from pocketsam.training.checkpoint import CHECKPOINT, plan_of, read_checkpoint, write_checkpoint
 from pocketsam.training.on_device import DeviceCache
 from pocketsam.training.packs import Cache
 from pocketsam.training.parallel import average, rank
@@ -25,7 +30,6 @@ from pocketsam.training.rounds import encode, episode, set_input_size
 from pocketsam.training.seeds import seeded
 
 LOG = "log.jsonl"
-CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,17 @@ class Trainer:
         recipe: how.
         out: the run's folder; an existing checkpoint in it is continued.
         loss: what a step minimises; :func:`pocketsam.training.rounds.episode` unless a teacher is used.
+        call: what else decides the result, as plain values; a checkpoint is continued with the same only.
+
+    Raises:
+        UsageError: the checkpoint in ``out`` is of a run with another recipe or call.
     """
 
     def __init__(self, model: SegmentAnything, cache: Cache, recipe: Recipe, out: Path,
-                 loss: Callable[[SegmentAnything, Batch, int, torch.Generator], dict[str, Tensor]] = episode) -> None:
+                 loss: Callable[[SegmentAnything, Batch, int, torch.Generator], dict[str, Tensor]] = episode,
+                 call: Mapping[str, Any] | None = None) -> None:
         self.model, self.cache, self.recipe, self.out, self.loss = model, cache, recipe, out, loss
+        self.plan = plan_of(asdict(recipe), call or {})
         self.device = next(model.parameters()).device
         self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, betas=(0.9, 0.98))
@@ -116,6 +126,9 @@ class Trainer:
         else:
             calibrate(model, cache, recipe)
             self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            if not rank():
+                # Of a run that died before its first checkpoint.
+                (out / LOG).unlink(missing_ok=True)
             self.log({"recipe": asdict(recipe), "images": len(cache.sources)})
 
     @property
@@ -205,17 +218,15 @@ class Trainer:
         return parts
 
     def save(self) -> None:
-        """Write the checkpoint under a temporary name, then rename it."""
+        """Write the checkpoint, whole or not at all."""
         if rank():
             return
         state = {"model": self.model.state_dict(), "ema": self.average, "optimizer": self.optimizer.state_dict(),
                  "step": self.step, "seconds": self.seconds}
-        partial = self.out / (CHECKPOINT + ".partial")
-        torch.save(state, partial)
-        partial.replace(self.out / CHECKPOINT)
+        write_checkpoint(self.out, state, self.plan)
 
     def resume(self) -> None:
-        state: dict[str, Any] = torch.load(self.out / CHECKPOINT, map_location=self.device, weights_only=True)
+        state = read_checkpoint(self.out, self.plan, self.device)
         self.model.load_state_dict(state["model"])
         self.average = state["ema"]
         self.optimizer.load_state_dict(state["optimizer"])

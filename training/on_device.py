@@ -62,9 +62,9 @@ class DeviceCache:
         A region is large enough when ``LEAST_AREA`` mask pixels have their centre in it.
         """
         index = torch.multinomial(self.weights, CANDIDATES * images + SPARE, replacement=True, generator=generator)
-        proposed = self.proposed[index]
-        chance = PROPOSED_RATE * (proposed[:, 1:] > 0)
-        shown = torch.where(self._random(len(index), generator)[:, None] < chance, proposed, self.layers[index])
+        layers, proposed = self.layers[index], self.proposed[index]
+        chance = torch.where(layers[:, 1:] > 0, PROPOSED_RATE * (proposed[:, 1:] > 0), 1.0)
+        shown = torch.where(self._random(len(index), generator)[:, None] < chance, proposed, layers)
         first, count = shown.unbind(1)
         layer = first + (self._random(len(index), generator) * count).long()
         windows = self._windows(index, size, augment, generator)

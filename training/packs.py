@@ -29,7 +29,7 @@ class Cache:
         content: (height, width) of each image inside the frame.
         layers: rows of ``labels`` per image.
         sources: source name per image.
-        regions: number of regions per image, over all its layers.
+        regions: number of regions per image, over all its layers, or over what was proposed where it has no layer.
         proposed: rows of ``labels`` per image that a teacher proposed (``propose.py``), or nothing at all.
     """
 
@@ -72,7 +72,8 @@ def build_cache(paths: Sequence[Path], size: int, workers: int = 2, limit: int |
                 cache.content.append(content)
                 cache.sources.append(sample.source)
                 cache.regions.append(sum(int(layer.max()) for layer in layers))
-    cache.images, cache.labels = torch.stack(images), torch.stack(labels)
+    cache.images = torch.stack(images)
+    cache.labels = torch.stack(labels) if labels else torch.zeros(0, size, size, dtype=torch.int16)
     return cache
 
 

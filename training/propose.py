@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pocketsam.grids import point_grid
+from pocketsam.models.prompt_encoder import PADDING_POINT
 from pocketsam.models.sam import SegmentAnything
-from pocketsam.training.evaluate import answer_to, point_prompts
+from pocketsam.training.evaluate import answer_to
 from pocketsam.training.packs import Cache
+from pocketsam.training.prompts import Prompts
 from pocketsam.training.rounds import encode
 
 # Photos of which annotations cover less than this are proposed for.
@@ -53,20 +55,24 @@ def propose(teacher: SegmentAnything, cache: Cache, bf16: bool = False) -> Cache
     sparse = [i for i in range(len(cache.sources)) if cache.sources[i] not in NO_PHOTOS and _covered(cache, i) < SPARSE]
     layers: list[Tensor] = []
     proposed: list[list[int]] = [[] for _ in cache.sources]
+    regions = list(cache.regions)
     with torch.autocast(place.type, torch.bfloat16, enabled=bf16):
         for start in range(0, len(sparse), IMAGES_AT_ONCE):
             index = sparse[start:start + IMAGES_AT_ONCE]
             for i, found in zip(index, _propose(teacher, cache, index, place), strict=True):
                 proposed[i] = list(range(len(cache.labels) + len(layers), len(cache.labels) + len(layers) + len(found)))
                 layers += found
+                if not cache.layers[i]:
+                    regions[i] = sum(int(layer.max()) for layer in found)
     return replace(cache, labels=torch.cat([cache.labels, torch.stack(layers)]) if layers else cache.labels,
-                   proposed=proposed)
+                   regions=regions, proposed=proposed)
 
 
 def _covered(cache: Cache, index: int) -> float:
-    """Labelled fraction of an image, in its best layer."""
+    """Labelled fraction of an image, in its best layer; 0 where it has none."""
     height, width = cache.content[index]
-    return max(float((cache.labels[layer, :height, :width] > 0).float().mean()) for layer in cache.layers[index])
+    return max((float((cache.labels[layer, :height, :width] > 0).float().mean()) for layer in cache.layers[index]),
+               default=0.0)
 
 
 def _propose(teacher: SegmentAnything, cache: Cache, index: list[int], place: torch.device) -> Iterator[list[Tensor]]:
@@ -82,11 +88,17 @@ def _propose(teacher: SegmentAnything, cache: Cache, index: list[int], place: to
     grid = torch.from_numpy(point_grid(GRID)).float().to(place)
     for i, (height, width) in enumerate(content):
         points = grid * torch.tensor([width, height], device=place)
-        logits, scores = answer_to(teacher, {k: v[i:i + 1] for k, v in features.items()}, point_prompts(points), None)
+        logits, scores = answer_to(teacher, {k: v[i:i + 1] for k, v in features.items()}, _clicks(points), None)
         inside = F.interpolate(valid[i:i + 1], logits.shape[-2:], mode="nearest")[0] > 0
         masks = logits[:, 1:].flatten(0, 1)
         yield [paint(masks[rows], cache.size, cache.content[index[i]])
                for rows in choose(masks, scores[:, 1:].flatten(), inside)]
+
+
+def _clicks(points: Tensor) -> Prompts:
+    """A lone click at each of (M, 2) in the teacher's frame, with its padding point."""
+    labels = torch.tensor([1.0, PADDING_POINT], device=points.device).expand(len(points), -1)
+    return Prompts(torch.stack([points, torch.zeros_like(points)], 1), labels, labels[:, 0] > 0)
 
 
 def choose(logits: Tensor, scores: Tensor, inside: Tensor) -> list[list[int]]:

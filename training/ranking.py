@@ -23,21 +23,20 @@ from torch import Tensor
 from pocketsam.labelled import Labelled, Stored, read_stored
 from pocketsam.models.mask_decoder import Mlp
 from pocketsam.models.sam import SegmentAnything
-from pocketsam.training.batches import boxes_of
+from pocketsam.prompts import Prompt
 from pocketsam.training.distance import centre_point
 from pocketsam.training.evaluate import (
     answer_to,
+    box_prompts,
+    click_prompts,
     corrected,
     embedded,
+    in_slots,
     pearson,
-    point_prompts,
-    prompts_of,
     region_masks,
-    scale_of,
     small_target,
 )
 from pocketsam.training.losses import mask_iou
-from pocketsam.training.prompts import Prompts
 from pocketsam.training.rounds import chosen_logits
 from pocketsam.training.seeds import seeded
 from pocketsam.training.ship import load_weights, write_half
@@ -147,33 +146,34 @@ def photo_answers(model: SegmentAnything, sample: Labelled,
     Returns:
         What :class:`Answers` holds, without the weights.
     """
+    spec = model.spec
     truth = region_masks(sample, REGIONS, generator)
-    frame, features = embedded(model, model.spec, sample)
-    target = small_target(truth, frame, model.spec.mask_size)
+    frame, features = embedded(model, spec, sample)
+    target = small_target(truth, frame, spec.mask_size)
     seen = target.flatten(1).any(1)
     truth, target = truth[seen], target[seen]
     if not len(truth):
-        return torch.zeros(0, model.spec.embed_dim), torch.zeros(0, 4), torch.zeros(0, dtype=torch.bool)
+        return torch.zeros(0, spec.embed_dim), torch.zeros(0, 4), torch.zeros(0, dtype=torch.bool)
     tokens: list[Tensor] = []
     iou: list[Tensor] = []
     ambiguous: list[Tensor] = []
 
-    def ask(prompts: Prompts, mask: Tensor | None) -> Tensor:
-        logits, scores = answer_to(model, features, prompts, mask)
+    def ask(prompts: list[Prompt], mask: Tensor | None) -> Tensor:
+        sent = in_slots(prompts, frame, spec, target)
+        logits, scores = answer_to(model, features, sent, mask)
         iou.append(mask_iou(logits, target[:, None].expand_as(logits)))
-        ambiguous.append(prompts.ambiguous)
-        return chosen_logits(logits, scores, prompts.ambiguous)
+        ambiguous.append(sent.ambiguous)
+        return chosen_logits(logits, scores, sent.ambiguous)
 
-    scale = scale_of(frame, truth)
-    middle, anywhere = (point_prompts(torch.stack([at(m) for m in truth]) * scale)
+    middle, anywhere = (click_prompts([at(m) for m in truth], frame, spec)
                         for at in (centre_point, functools.partial(_point_in, generator=generator)))
     head = model.mask_decoder.iou_prediction_head
     handle = head.register_forward_pre_hook(lambda _, x: tokens.append(x[0].flatten(0, -2)))
     try:
         mask = ask(middle, None)
-        ask(corrected(middle, mask, target, frame.size), mask)
+        ask(corrected(middle, mask, target, frame, spec), mask)
         ask(anywhere, None)
-        ask(prompts_of(boxes_of(truth).reshape(-1, 2, 2) * scale, (2.0, 3.0)), None)
+        ask(box_prompts(truth, frame, spec), None)
     finally:
         handle.remove()
     return torch.cat(tokens), torch.cat(iou), torch.cat(ambiguous)

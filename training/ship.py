@@ -11,7 +11,7 @@ from torch import Tensor
 from pocketsam.models.lite0 import lite0
 from pocketsam.models.loading import COUNTERS
 from pocketsam.models.sam import SegmentAnything
-from pocketsam.training.loop import CHECKPOINT
+from pocketsam.training.checkpoint import CHECKPOINT
 
 
 def averaged_state(run: Path) -> dict[str, Tensor]:

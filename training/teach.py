@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pocketsam.errors import EmbeddingError
 from pocketsam.files import staged_file
-from pocketsam.labelled import Pack, read_stored
+from pocketsam.labelled import Pack, identity, read_stored
+from pocketsam.labels import read_json
 from pocketsam.predictor import Predictor
 
 SAVE_EVERY = 50
@@ -30,6 +32,7 @@ class Taught:
     Attributes:
         model, weights_sha256: the teacher.
         packs: file names, in order.
+        packs_sha256: of those files.
         photos: rows N.
         done: rows that are written.
     """
@@ -37,6 +40,7 @@ class Taught:
     model: str
     weights_sha256: str
     packs: tuple[str, ...]
+    packs_sha256: tuple[str, ...]
     photos: int
     done: int = 0
 
@@ -51,7 +55,9 @@ def teach(teacher: Predictor, packs: Sequence[Path], out: Path, side: int) -> Ta
         side: h = w of the student's embedding, a divisor of the teacher's.
 
     Raises:
-        ValueError: sides that do not divide, or ``out`` holds another teacher's or other packs' embeddings.
+        ValueError: sides that do not divide.
+        EmbeddingError: ``out`` holds another teacher's or other packs' embeddings.
+        LabelError: a pack cannot be read.
     """
     size = teacher.spec.embed_size
     if size % side:
@@ -60,7 +66,8 @@ def teach(teacher: Predictor, packs: Sequence[Path], out: Path, side: int) -> Ta
     for path in packs:
         with Pack.open(path) as pack:
             photos += len(pack.rows)
-    plan = Taught(teacher.spec.name, teacher.weights_sha256, tuple(p.name for p in packs), photos)
+    plan = Taught(teacher.spec.name, teacher.weights_sha256, tuple(p.name for p in packs),
+                  tuple(map(identity, packs)), photos)
     done = _done(out, plan)
     shape = (photos, teacher.spec.embed_dim, side, side)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -81,21 +88,36 @@ def teach(teacher: Predictor, packs: Sequence[Path], out: Path, side: int) -> Ta
 
 
 def read_taught(path: Path) -> Taught:
-    """The description beside a file of embeddings."""
-    values = json.loads(_beside(path).read_text("utf-8"))
-    return Taught(**{**values, "packs": tuple(values["packs"])})
+    """The description beside a file of embeddings.
+
+    Raises:
+        LabelError: there is none, or it is no JSON.
+        EmbeddingError: it does not say what the embeddings were made from.
+    """
+    values = read_json(_beside(path))
+    try:
+        lists = {k: tuple(values[k]) for k in ("packs", "packs_sha256")}
+        return Taught(**{**values, **lists})
+    except (KeyError, TypeError) as e:
+        raise EmbeddingError(f"{_beside(path)} does not say which packs {path.name} was made from (an earlier version "
+                             "wrote it, or it is damaged); delete both and run teach again.") from e
 
 
 def open_taught(path: Path, packs: Sequence[Path]) -> Tensor:
     """Map a finished file of embeddings of these packs: float16 (N, C, h, w).
 
     Raises:
-        ValueError: it is unfinished or belongs to other packs.
+        EmbeddingError: it is unfinished, or was made from other packs or from other bytes of these.
+        LabelError: a pack or the description of the embeddings cannot be read.
     """
     taught = read_taught(path)
-    if taught.done != taught.photos or taught.packs != tuple(p.name for p in packs):
-        raise ValueError(f"{path} holds {taught.done} of {taught.photos} photos of {', '.join(taught.packs)}; "
-                         f"expected all of {', '.join(p.name for p in packs)}")
+    names = ", ".join(p.name for p in packs)
+    if taught.packs_sha256 != tuple(map(identity, packs)):
+        raise EmbeddingError(f"{path} holds embeddings of {', '.join(taught.packs)} as it was then, not of {names} as "
+                             "it is now; run teach on it with another --out.")
+    if taught.done != taught.photos:
+        raise EmbeddingError(f"{path} holds {taught.done} of {taught.photos} photos of {names}; run teach again, which "
+                             "continues.")
     return torch.from_numpy(np.lib.format.open_memmap(path, "r+"))
 
 
@@ -108,5 +130,6 @@ def _done(out: Path, plan: Taught) -> int:
         return 0
     found = read_taught(out)
     if found != Taught(**{**asdict(plan), "done": found.done}):
-        raise ValueError(f"{out} holds embeddings of {found.model} for {', '.join(found.packs)}; choose another file")
+        raise EmbeddingError(f"{out} holds embeddings of {found.model} for {', '.join(found.packs)}, made with other "
+                             "weights or from other packs, or from these before they changed; choose another file.")
     return found.done

@@ -127,12 +127,20 @@ def summarize(counts: Sequence[Counts], thresholds: NDArray[np.float64] = THRESH
     precision, recall, f = _prf(whole)
     best = int(f.argmax())
     chosen = np.sum([c[int(_prf(c)[2].argmax())] for c in counts], axis=0)
-    order = np.argsort(recall, kind="stable")
-    r, p = recall[order], precision[order]
-    used = whole[order, 1] > 0
-    grid = np.arange(0, 1.001, 0.01)
-    curve = np.interp(grid, r[used], p[used], left=float(p[used][0]), right=0.0) if used.any() else np.zeros(1)
-    return EdgeScores(float(f[best]), float(_prf(chosen[None])[2][0]), float(curve.mean()), float(thresholds[best]))
+    return EdgeScores(float(f[best]), float(_prf(chosen[None])[2][0]), area(precision, recall),
+                      float(thresholds[best]))
+
+
+def area(precision: Counts, recall: Counts) -> float:
+    """Area under precision over recall as the benchmark sums it: steps of 0.01, nothing outside the measured recalls.
+
+    Args:
+        precision, recall: float64 (T,); of thresholds with the same recall the first counts.
+    """
+    known, first = np.unique(recall, return_index=True)
+    if len(known) < 2:
+        return 0.0
+    return float(np.interp(np.linspace(0, 1, 101), known, precision[first], left=0, right=0).sum() * 0.01)
 
 
 def _prf(counts: Counts) -> tuple[Counts, Counts, Counts]:

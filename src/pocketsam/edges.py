@@ -66,9 +66,8 @@ def thin(strength: Floats) -> Floats:
         strength: float32 (H, W).
     """
     smooth = _blur(strength, SMOOTH)
-    gy, gx = np.gradient(smooth)
-    gyy, gxy = np.gradient(gy)
-    _, gxx = np.gradient(gx)
+    gy, gx = _slope(smooth, 0), _slope(smooth, 1)
+    gyy, gxy, gxx = _slope(gy, 0), _slope(gy, 1), _slope(gx, 1)
     # Across an edge the strength bends most: down on its crest, up on its flanks.
     angle = 0.5 * np.arctan2(2 * gxy, gxx - gyy)
     dx, dy = np.cos(angle), np.sin(angle)
@@ -111,6 +110,12 @@ def _blur(x: Floats, radius: int) -> Floats:
         parts = (np.take(padded, np.arange(k, k + n), axis) * v for k, v in enumerate(kernel))
         x = np.sum(list(parts), axis=0, dtype=np.float32)
     return x
+
+
+def _slope(x: Floats, axis: int) -> Floats:
+    """Differences of neighbours along an axis; 0 where it is one pixel long."""
+    slope: Floats = np.gradient(x, axis=axis) if x.shape[axis] > 1 else np.zeros_like(x)
+    return slope
 
 
 def _at(x: Floats, dx: NDArray[np.floating], dy: NDArray[np.floating]) -> Floats:

@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pocketsam.errors import LabelError
+from pocketsam.files import sha256_file
 from pocketsam.images import Rgb
 
 Regions = NDArray[np.int32]
 # What a damaged tar, index or picture raises.
-UNUSABLE = (OSError, KeyError, ValueError, TypeError, RecursionError, tarfile.TarError)
+UNUSABLE = (OSError, EOFError, KeyError, ValueError, TypeError, SyntaxError, RecursionError, tarfile.TarError,
+            Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Pack:
         """
         with ExitStack() as stack:
             with _readable(path):
-                tar = stack.enter_context(tarfile.open(path))
+                tar = stack.enter_context(tarfile.open(path, "r:"))
             yield cls(path, tar)
 
     def chosen(self, source: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:
@@ -151,6 +153,16 @@ def count_photos(path: Path) -> tuple[int, int]:
         return len(pack.rows), sum(bool(len(r["layers"])) for r in pack.rows)
 
 
+def identity(path: Path) -> str:
+    """Hex sha256 of a pack: what was made from it belongs to these bytes.
+
+    Raises:
+        LabelError: the file cannot be read.
+    """
+    with _readable(path):
+        return sha256_file(path)
+
+
 def boxes_of(sample: Labelled) -> NDArray[np.float64]:
     """Boxes of all regions of all layers: float64 (K, 4) x0, y0, x1, y1 of the outermost pixels, inclusive."""
     found = []
@@ -168,5 +180,5 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except UNUSABLE as e:
-        raise LabelError(f"{path} cannot be used as a pack ({e}); expected a tar with index.json, photos and "
-                         "layers.") from e
+        raise LabelError(f"{path} cannot be used as a pack ({e}); expected an uncompressed tar with index.json, "
+                         "photos and layers.") from e

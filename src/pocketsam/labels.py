@@ -57,7 +57,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise LabelError(f"{path} cannot be read as JSON ({e}); delete it to make it again.") from e
 
 

@@ -28,9 +28,9 @@ def png(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def write_pack(path: Path) -> Path:
+def write_pack(path: Path, seed: int = 0) -> Path:
     """Six drawn images of two sources: a rectangle and a disc on noise, the last with ids above 255."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     members: dict[str, bytes] = {}
     index = []
     for i in range(6):

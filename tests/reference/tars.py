@@ -16,3 +16,9 @@ def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def read_tar(path: Path) -> dict[str, bytes]:
+    """The members by name, in their order."""
+    with tarfile.open(path) as tar:
+        return {m.name: stream.read() for m in tar if (stream := tar.extractfile(m)) is not None}

@@ -1,0 +1,49 @@
+"""The checkpoint of a run, which the call that began the run continues, and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pocketsam.errors import UsageError
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def plan_of(recipe: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the result of a run: the fields of its recipe, and what does so besides, as plain values."""
+    # How the machine computes is no choice of the caller.
+    return {**{k: v for k, v in recipe.items() if k != "bf16"}, **call}
+
+
+def write_checkpoint(out: Path, state: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    """Write under a temporary name, then rename.
+
+    Args:
+        out: the run's folder.
+        state: tensors and numbers.
+        plan: of :func:`plan_of`.
+    """
+    partial = out / (CHECKPOINT + ".partial")
+    torch.save({**state, "plan": dict(plan)}, partial)
+    partial.replace(out / CHECKPOINT)
+
+
+def read_checkpoint(out: Path, plan: Mapping[str, Any], place: torch.device) -> dict[str, Any]:
+    """The state of a run that was begun with the same plan.
+
+    Raises:
+        UsageError: begun with another, or by an earlier version, which did not record it.
+    """
+    state: dict[str, Any] = torch.load(out / CHECKPOINT, map_location=place, weights_only=True)
+    begun = state.pop("plan", None)
+    advice = f"choose another folder (--initial {out} starts from its weights)."
+    if begun is None:
+        raise UsageError(f"{out} holds a run of an earlier version, which did not record how it was begun; {advice}")
+    if other := sorted(k for k in begun.keys() | plan.keys() if begun.get(k) != plan.get(k)):
+        raise UsageError(f"{out} holds a run that was begun with another {', '.join(other)}; repeat the call that "
+                         f"began it, or {advice}")
+    return state
