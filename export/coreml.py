@@ -68,7 +68,8 @@ class CoreMlExporter:
                 save(convert(graph, spec, precision, batch), single)
                 functions.add_function(str(single), "main", function_name(batch))
             functions.default_function_name = function_name(ENTRY_BATCHES[0])
-            ct.utils.save_multifunction(functions, str(path))
+            with _temporary_files_in(folder):
+                ct.utils.save_multifunction(functions, str(path))
 
 
 def save(model: Any, path: Path) -> None:
@@ -78,6 +79,16 @@ def save(model: Any, path: Path) -> None:
     (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
     if model.is_temp_package:
         shutil.rmtree(model.package_path)
+
+
+@contextmanager
+def _temporary_files_in(folder: str) -> Iterator[None]:
+    """For a call that keeps its copy to itself."""
+    before, tempfile.tempdir = tempfile.tempdir, folder
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 class PlanarImage(nn.Module):

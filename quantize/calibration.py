@@ -130,8 +130,8 @@ def _read(source: Path | None, count: int, rng: np.random.Generator) -> tuple[li
 
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise UsageError(f"the calibration source {folder} is neither a folder nor a pack; expected a folder of "
-                         f"images.")
+        raise UsageError(f"the calibration source {folder} is neither a folder nor a pack (an uncompressed tar); "
+                         "expected a folder of images.")
     try:
         found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
     except OSError as e:
