@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import io
 import logging
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -56,39 +55,37 @@ class CoreMlExporter:
     @staticmethod
     def export(graph: Graph, spec: GraphSpec, precision: str, path: Path) -> None:
         """Convert one graph and write its package."""
-        if not spec.batched:
-            module = PlanarImage(graph).eval() if isinstance(graph, EncoderGraph) else graph
-            save(convert(module, spec, precision, 1), path)
-            return
-        ct = coremltools()
-        with tempfile.TemporaryDirectory() as folder, quiet():
+        with temporary_folder() as folder, quiet():
+            if not spec.batched:
+                module = PlanarImage(graph).eval() if isinstance(graph, EncoderGraph) else graph
+                save(convert(module, spec, precision, 1), path)
+                return
+            ct = coremltools()
             functions = ct.utils.MultiFunctionDescriptor()
             for batch in ENTRY_BATCHES:
-                single = Path(folder) / f"{batch}.mlpackage"
+                single = folder / f"{batch}.mlpackage"
                 save(convert(graph, spec, precision, batch), single)
                 functions.add_function(str(single), "main", function_name(batch))
             functions.default_function_name = function_name(ENTRY_BATCHES[0])
-            with _temporary_files_in(folder):
-                ct.utils.save_multifunction(functions, str(path))
+            ct.utils.save_multifunction(functions, str(path))
 
 
 def save(model: Any, path: Path) -> None:
-    """Write an ``MLModel``, and remove the copy that coremltools keeps in the temporary folder until Python ends."""
+    """Write an ``MLModel``."""
     model.save(str(path))
     # A debugging map that coremltools leaves beside the model; Core ML does not read it.
     (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
-    if model.is_temp_package:
-        shutil.rmtree(model.package_path)
 
 
 @contextmanager
-def _temporary_files_in(folder: str) -> Iterator[None]:
-    """For a call that keeps its copy to itself."""
-    before, tempfile.tempdir = tempfile.tempdir, folder
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
+def temporary_folder() -> Iterator[Path]:
+    """A folder for temporary files, those of coremltools too, which keeps a copy of each model until Python ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        before, tempfile.tempdir = tempfile.tempdir, folder
+        try:
+            yield Path(folder)
+        finally:
+            tempfile.tempdir = before
 
 
 class PlanarImage(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pocketsam.errors import UnsupportedModel
-from pocketsam.export.coreml import PlanarImage, convert, coremltools, quiet, save
+from pocketsam.export.coreml import PlanarImage, convert, coremltools, quiet, save, temporary_folder
 from pocketsam.quantize.channels import Form
 from pocketsam.quantize.correction import Layer
 from pocketsam.quantize.grid import Grid, Weighted
@@ -71,14 +70,14 @@ class CoreMlQuantizer:
 
     def write(self, path: Path, keep: frozenset[str] = frozenset()) -> None:
         """Write the package, with the operators of ``keep`` in float."""
-        if self.job.recipe == "int8-weights" or self.job.prepared is None:
-            self._round_weights(self.job.source, path, keep)
-            return
-        prepared = self.job.prepared
-        sources = _operators(self.job.source, prepared.layers)
-        rounded = [i for i, name in enumerate(sources) if name not in keep]
-        with tempfile.TemporaryDirectory() as folder:
-            package = Path(folder) / "activations.mlpackage"
+        with temporary_folder() as folder:
+            if self.job.recipe == "int8-weights" or self.job.prepared is None:
+                self._round_weights(self.job.source, path, keep)
+                return
+            prepared = self.job.prepared
+            sources = _operators(self.job.source, prepared.layers)
+            rounded = [i for i, name in enumerate(sources) if name not in keep]
+            package = folder / "activations.mlpackage"
             save(self._convert(prepared.layers, rounded), package)
             names = _operators(package, prepared.layers)
             self._round_weights(package, path, frozenset(_weighted(package)) - {names[i] for i in rounded})

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pocketsam.errors import UsageError
+from pocketsam.files import staged_file
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -20,16 +21,15 @@ def plan_of(recipe: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any
 
 
 def write_checkpoint(out: Path, state: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
-    """Write under a temporary name, then rename.
+    """Write it whole or not at all.
 
     Args:
         out: the run's folder.
         state: tensors and numbers.
         plan: of :func:`plan_of`.
     """
-    partial = out / (CHECKPOINT + ".partial")
-    torch.save({**state, "plan": dict(plan)}, partial)
-    partial.replace(out / CHECKPOINT)
+    with staged_file(out / CHECKPOINT) as staged:
+        torch.save({**state, "plan": dict(plan)}, staged)
 
 
 def read_checkpoint(out: Path, plan: Mapping[str, Any], place: torch.device) -> dict[str, Any]:
