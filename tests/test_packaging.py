@@ -78,6 +78,9 @@ def test_wheel_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for package in project()["tool"]["setuptools"]["packages"]:
         assert f"{package.replace('.', '/')}/__init__.py" in names
+    # What `bench kit` copies.
+    assert "pocketsam/benchmarks/device/bench_device.py" in names
+    assert "pocketsam/benchmarks/device/engines/litert.py" in names
     assert "pocketsam/assets/photos/cat.jpg" in names
     assert "pocketsam/py.typed" in names
     assert not [n for n in names if n.startswith(("tests/", "export/", "models/"))]

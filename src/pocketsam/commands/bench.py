@@ -1,4 +1,4 @@
-"""`pocketsam bench BUNDLE`, `bench compare`, `bench merge`."""
+"""`pocketsam bench BUNDLE`, `bench compare`, `bench kit`, `bench merge`."""
 
 from __future__ import annotations
 
@@ -103,6 +103,22 @@ def compare(
         out.print(shown)
     if any(c.worse for c in found):
         raise typer.Exit(1)
+
+
+@app.command()
+def kit(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    runtime: Annotated[str, typer.Option(help="The engine of the device: onnxruntime, openvino or litert.")],
+    precision: Annotated[str, typer.Option(help="Of the files, such as fp32, fp16 or int8.")] = "fp32",
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("kit"),
+) -> None:
+    """Write a folder that measures the bundle on a device without PocketSAM; see benchmarks/device/README.md."""
+    from pocketsam.benchmarks.kit import SCRIPT, write_kit
+    from pocketsam.bundle import read_bundle
+
+    size = write_kit(read_bundle(bundle), runtime, precision, output)
+    out.print(f"{output}: {size / 1e6:.1f} MB of graphs; copy it to the device and run `python {SCRIPT}` there",
+              highlight=False)
 
 
 @app.command()

@@ -1,0 +1,97 @@
+"""A folder that measures a bundle where there is no PocketSAM: two graphs, one engine's file and a short script."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pocketsam
+from pocketsam.benchmarks.results import GRAPHS, KIND, SCHEMA
+from pocketsam.bundle import Artifact, Bundle
+from pocketsam.doctor import CPU_FLAGS
+from pocketsam.errors import BenchmarkError, OutputError
+from pocketsam.files import sha256_file, staged_folder
+from pocketsam.geometry import Frame
+from pocketsam.prompts import Prompt, decoder_inputs
+from pocketsam.registry import RUNTIME_FORMATS
+from pocketsam.specs import ModelSpec
+
+DEVICE = Path(__file__).parent / "device"
+SCRIPT, ENGINE, PLAN = "bench_device.py", "engine.py", "kit.json"
+ENGINES = tuple(sorted(p.stem for p in (DEVICE / "engines").glob("*.py")))
+# The file that an engine opens where an artifact is a folder.
+MAIN_FILES = ("model.xml", "model.onnx")
+SIGNATURES = {"encoder": "encode", "decoder": "decode_1"}
+
+
+def write_kit(bundle: Bundle, runtime: str, precision: str, out: Path) -> int:
+    """Write what a device needs to time the encoder and the prompt decoder of a bundle.
+
+    The folder holds copies of the two artifacts, ``kit.json`` (sha256 of every file, tensors of the graphs, one prompt,
+    and the result but for what the device adds), ``bench_device.py`` and ``engine.py``.
+
+    Args:
+        runtime: one of ``ENGINES``.
+        precision: of the artifacts, such as ``fp32``.
+        out: a folder that is new, empty or a kit, which is replaced.
+
+    Returns:
+        Bytes of the two artifacts.
+
+    Raises:
+        BenchmarkError: there is no script for the runtime.
+        BundleError: the bundle lacks an artifact, or one is damaged.
+        OutputError: something else is there, or the place cannot be written.
+    """
+    if runtime not in ENGINES:
+        raise BenchmarkError(f"there is no device script for {runtime!r}; expected one of {', '.join(ENGINES)}.")
+    if out.exists() and not (out / PLAN).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputError(f"{out} exists and is not a device kit; choose another folder.")
+    artifacts = [bundle.find(RUNTIME_FORMATS[runtime], precision, graph) for graph in GRAPHS]
+    with staged_folder(out) as staging:
+        files: dict[str, str] = {}
+        graphs = [_graph(a, _copy(bundle.file(a), a.path, staging, files), bundle) for a in artifacts]
+        sizes = {a.graph: a.bytes for a in artifacts}
+        row = {"runtime": runtime, "format": RUNTIME_FORMATS[runtime], "precision": precision, "reference": False,
+               "status": "ok", "bytes": sizes, "agreement": artifacts[0].measured or None, "quality": None}
+        result = {"kind": KIND, "schema": SCHEMA, "complete": True, "pocketsam": pocketsam.__version__, "commit": "",
+                  "model": {"name": bundle.spec.name, "image_size": bundle.spec.image_size,
+                            "weights_sha256": bundle.weights_sha256},
+                  "settings": {"script": "bench_device"}, "ceilings": []}
+        plan = {"result": result, "row": row, "graphs": graphs, "files": files, "features": CPU_FLAGS}
+        (staging / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(DEVICE / SCRIPT, staging / SCRIPT)
+        shutil.copyfile(DEVICE / "engines" / f"{runtime}.py", staging / ENGINE)
+    return sum(sizes.values())
+
+
+def _copy(source: Path, name: str, staging: Path, files: dict[str, str]) -> str:
+    """Copy an artifact, note the sha256 of its files, and return the path that the engine opens."""
+    target = staging / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not source.is_dir():
+        shutil.copyfile(source, target)
+        files[name] = sha256_file(target)
+        return name
+    shutil.copytree(source, target)
+    held = sorted(p for p in target.rglob("*") if p.is_file())
+    files |= {p.relative_to(staging).as_posix(): sha256_file(p) for p in held}
+    return next(f"{name}/{main}" for main in MAIN_FILES if (target / main).is_file())
+
+
+def _graph(artifact: Artifact, path: str, bundle: Bundle) -> dict[str, Any]:
+    """One prompt in place of the symbolic batch."""
+    values = _prompt(bundle.spec, bundle.slots)
+    inputs = {t["name"]: {"shape": [1 if isinstance(d, str) else d for d in t["shape"]], "dtype": t["dtype"],
+                          "value": values.get(t["name"], 0)} for t in artifact.inputs}
+    return {"path": path, "signature": SIGNATURES[artifact.graph], "inputs": inputs,
+            "outputs": [t["name"] for t in artifact.outputs]}
+
+
+def _prompt(spec: ModelSpec, slots: int) -> dict[str, Any]:
+    """A click in the middle of a square photo; what is zero everywhere stands as 0."""
+    side = spec.image_size
+    middle = Prompt.of(frame := Frame.of(side, side, spec), spec, points=[(side / 2, side / 2)], labels=[1])
+    return {k: v.tolist() if v.any() else 0 for k, v in decoder_inputs([middle], frame, spec, slots).items()}
