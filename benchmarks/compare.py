@@ -69,7 +69,7 @@ def remarks(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
                      f"{MUCH_SLOWER:.0%} are told")
     before = {key(r): r for r in old["rows"]}
     apart = [_name(r) for r in new["rows"] if r.get("agreement") and before.get(key(r), {}).get("agreement")
-             and _prompts(r) != _prompts(before[key(r)])]
+             and not _same_prompts(r, before[key(r)])]
     if apart:
         found.append(f"agreement was measured on other photos or prompts, and is not compared, of {'; '.join(apart)}")
     return found
@@ -100,11 +100,14 @@ def _name(row: dict[str, Any]) -> str:
     return f"{row['runtime']} {precision_of(row)}, {row['threads']} threads"
 
 
-def _prompts(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What the agreement of a row was measured on, as far as its summary tells: the export's holds no seed."""
-    measured = row["agreement"]
-    counts = [measured[kind]["prompts"] for kind in ("box", "point") if kind in measured]
-    return *(measured.get(k) for k in ("images", "seed", "prompts_per_image")), *counts
+def _same_prompts(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether the agreement of two rows was measured on the same, as far as the summaries tell."""
+    first, second = a["agreement"], b["agreement"]
+    # The export's names no seed, and earlier versions named no photos.
+    named = "photos" in first and "photos" in second
+    counts = [m.get(kind, {}).get("prompts") for m in (first, second) for kind in ("box", "point")]
+    return counts[:2] == counts[2:] and all(
+        first.get(k) == second.get(k) for k in ("images", "seed", "prompts_per_image", *["photos"] * named))
 
 
 def _row(a: dict[str, Any], b: dict[str, Any], allowed: float) -> list[Change]:
@@ -114,7 +117,7 @@ def _row(a: dict[str, Any], b: dict[str, Any], allowed: float) -> list[Change]:
         return [Change(name, "status", a["status"], b["status"], b["status"] != "ok")]
     if not b.get("reference"):
         found += [c for g in GRAPHS if (c := _latency(f"{g} of {name}", a.get(g), b.get(g), allowed))]
-    if a.get("agreement") and b.get("agreement") and _prompts(a) == _prompts(b):
+    if a.get("agreement") and b.get("agreement") and _same_prompts(a, b):
         first, second = mean_agreement(a), mean_agreement(b)
         if first is not None and second is not None and abs(first - second) > LESS_AGREEMENT:
             found.append(Change(name, "agreement", f"{first:.4f}", f"{second:.4f}", second < first))

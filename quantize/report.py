@@ -14,11 +14,11 @@ from pocketsam.api import open_bundle
 from pocketsam.bundle import Artifact, Bundle
 from pocketsam.distance import inner_point
 from pocketsam.geometry import Bools, masks_from_logits, tight_box
-from pocketsam.images import Rgb, load_rgb
+from pocketsam.images import Rgb, image_id, load_rgb
 from pocketsam.labelled import read_pack
 from pocketsam.parity import PROMPTS_PER_IMAGE, Agreement, mask_iou, sample_prompts
 from pocketsam.photos import photo_paths
-from pocketsam.predictor import Predictor, best_token
+from pocketsam.predictor import Predictor, best_token, single_token
 from pocketsam.prompts import Prompt
 from pocketsam.registry import RUNTIME_FORMATS
 from pocketsam.remembered import Remembered
@@ -141,7 +141,7 @@ def _row(reference: Predictor, candidate: Predictor, samples: Iterable[tuple[Rgb
     truths: dict[str, list[tuple[float, float]]] = {"box": [], "point": []}
     rng = np.random.default_rng(0)
     for image, regions in samples:
-        total.images += 1
+        total.ids.append(image_id(image))
         height, width = image.shape[:2]
         reference.set_image(image)
         candidate.set_image(image)
@@ -173,9 +173,10 @@ def _of(region: Bools, predictor: Predictor) -> list[tuple[str, Prompt]]:
 
 
 def _answers(predictor: Predictor, prompts: Sequence[tuple[str, Prompt]]) -> list[tuple[Bools, int]]:
-    """Mask and chosen token of each prompt: token 0 for a box, the best of 1 to 3 for a point."""
+    """Mask and chosen token of each prompt: the single-mask answer for a box, the best of 1 to 3 for a point."""
     logits, scores = predictor.decode_prompts([p for _, p in prompts])
-    tokens = [0 if kind == "box" else best_token(scores[i]) for i, (kind, _) in enumerate(prompts)]
+    tokens = [single_token(logits[i], scores[i], predictor.spec) if kind == "box" else best_token(scores[i])
+              for i, (kind, _) in enumerate(prompts)]
     frame = predictor.current.frame
     return [(masks_from_logits(logits[i, t][None], frame)[0], t) for i, t in enumerate(tokens)]
 

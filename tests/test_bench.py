@@ -191,6 +191,18 @@ def test_agreement_is_compared_on_the_same_prompts_only(other: dict[str, Any]) -
     assert line.endswith("not compared, of litert fp32, 2 threads")
 
 
+def test_other_photos_are_no_regression() -> None:
+    """As many photos and prompts are not the same photos; results of earlier versions do not name theirs."""
+    old, new = synthetic(0), synthetic(0)
+    old["rows"][2]["agreement"] = {**agreement(0.99), "photos": "a"}
+    new["rows"][2]["agreement"] = {**agreement(0.9), "photos": "b"}
+    assert compare(old, new) == []
+    assert remarks(old, new)
+    del old["rows"][2]["agreement"]["photos"]
+    assert [c.measure for c in compare(old, new)] == ["agreement"]
+    assert remarks(old, new) == []
+
+
 def test_slower_but_less_accurate_is_marked() -> None:
     rows = synthetic(0)["rows"]
     assert all(not r["slower_than"] for r in rows)

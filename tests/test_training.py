@@ -129,6 +129,17 @@ def test_a_checkpoint_without_its_recipe_is_refused(drawn_cache: Cache, tmp_path
         trainer.resume()
 
 
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "half"])
+def test_a_damaged_checkpoint_is_one_sentence(drawn_cache: Cache, tmp_path: Path, content: bytes | str) -> None:
+    trainer = Trainer(toy(), drawn_cache, RECIPE, tmp_path)
+    trainer.save()
+    path = tmp_path / CHECKPOINT
+    whole = path.read_bytes()
+    path.write_bytes(content if isinstance(content, bytes) else whole[:len(whole) // 2])
+    with pytest.raises(UsageError, match=r"cannot be read .*remove it to begin again"):
+        trainer.resume()
+
+
 def test_a_run_without_a_checkpoint_starts_its_log_anew(drawn_cache: Cache, tmp_path: Path) -> None:
     Trainer(toy(), drawn_cache, RECIPE, tmp_path)
     trainer = Trainer(toy(), drawn_cache, RECIPE, tmp_path)

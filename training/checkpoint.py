@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,15 @@ def read_checkpoint(out: Path, plan: Mapping[str, Any], place: torch.device) -> 
     """The state of a run that was begun with the same plan.
 
     Raises:
-        UsageError: begun with another, or by an earlier version, which did not record it.
+        UsageError: damaged, begun with another, or by an earlier version, which did not record it.
     """
-    state: dict[str, Any] = torch.load(out / CHECKPOINT, map_location=place, weights_only=True)
+    path = out / CHECKPOINT
+    try:
+        state: dict[str, Any] = dict(torch.load(path, map_location=place, weights_only=True))
+    except (OSError, EOFError, RuntimeError, ValueError, TypeError, pickle.UnpicklingError) as e:
+        said = next(iter(str(e).splitlines()), type(e).__name__)
+        raise UsageError(f"{path} cannot be read ({said}); if it is damaged, remove it to begin again, or choose "
+                         "another folder.") from e
     begun = state.pop("plan", None)
     advice = f"choose another folder (--initial {out} starts from its weights)."
     if begun is None:

@@ -31,7 +31,11 @@ CLICK_SIDE = 3
 
 def photos_id(images: Iterable[Rgb]) -> str:
     """The identity of the photos that an agreement was measured on, 16 hex digits."""
-    return hashlib.sha256("".join(map(image_id, images)).encode()).hexdigest()[:16]
+    return _joined(map(image_id, images))
+
+
+def _joined(ids: Iterable[str]) -> str:
+    return hashlib.sha256("".join(ids).encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -42,12 +46,18 @@ class Agreement:
         ious: by prompt kind, ``box`` or ``point``.
         flips: point prompts where the candidate chose another token than the reference.
         tensor_errors: largest absolute difference by tensor name.
+        ids: of the photos, in order.
     """
 
     ious: dict[str, list[float]] = field(default_factory=lambda: {"box": [], "point": []})
     flips: int = 0
     tensor_errors: dict[str, float] = field(default_factory=dict)
-    images: int = 0
+    ids: list[str] = field(default_factory=list)
+
+    @property
+    def images(self) -> int:
+        """Number of photos."""
+        return len(self.ids)
 
     @property
     def mean(self) -> float:
@@ -62,7 +72,8 @@ class Agreement:
 
     def summary(self) -> dict[str, Any]:
         """Numbers for bundle.json and tables; JSON-safe."""
-        out: dict[str, Any] = {"images": self.images, "max_tensor_error": dict(self.tensor_errors)}
+        out: dict[str, Any] = {"images": self.images, "photos": _joined(self.ids),
+                               "max_tensor_error": dict(self.tensor_errors)}
         for kind, values in {**self.ious, "all": self.ious["box"] + self.ious["point"]}.items():
             if not values:
                 continue
@@ -95,7 +106,7 @@ def compare(reference: Predictor, candidate: Predictor, images: Iterable[Rgb], s
     rng = np.random.default_rng(seed)
     for rgb in images:
         _compare_image(reference, candidate, rgb, rng, prompts_per_image, result, tensors)
-        result.images += 1
+        result.ids.append(image_id(rgb))
     return result
 
 
@@ -123,7 +134,7 @@ def compare_clicks(reference: Predictor, candidate: Predictor, images: Iterable[
         result.flips += int((ref_scores.argmax(1) != scores.argmax(1)).sum())
         for a, b in zip(ref_masks.reshape(-1, *masks.shape[2:]), masks.reshape(-1, *masks.shape[2:]), strict=True):
             result.ious["point"].append(mask_iou(*(masks_from_logits(m[None], frame)[0] for m in (a, b))))
-        result.images += 1
+        result.ids.append(image_id(rgb))
     return result
 
 
