@@ -143,7 +143,8 @@ def export(model: str, checkpoint: Path | None, bundle: Path, folder: Path, cali
         make(list(TIMED), list(PRECISIONS), gate=None if is_trained(model, checkpoint) else 0.0)
         return
     # One photo and few calibration images: their weights show no accuracy.
-    few: dict[str, Any] = {"images": photo_paths()[:1], "calibration_images": 8, "clicks": False}
+    few: dict[str, Any] = {"images": photo_paths()[:1], "calibration_images": 3 if model.startswith(HEAVY) else 8,
+                           "clicks": False}
     refused: dict[str, str] = {}
 
     def attempt(formats: list[str], precision: str) -> bool:
