@@ -11,7 +11,7 @@ import pocketsam
 from pocketsam.benchmarks.results import GRAPHS, KIND, SCHEMA
 from pocketsam.bundle import Artifact, Bundle
 from pocketsam.doctor import CPU_FLAGS
-from pocketsam.errors import BenchmarkError, OutputError
+from pocketsam.errors import BenchmarkError, BundleError, OutputError
 from pocketsam.files import sha256_file, staged_folder
 from pocketsam.geometry import Frame
 from pocketsam.prompts import Prompt, decoder_inputs
@@ -78,7 +78,10 @@ def _copy(source: Path, name: str, staging: Path, files: dict[str, str]) -> str:
     shutil.copytree(source, target)
     held = sorted(p for p in target.rglob("*") if p.is_file())
     files |= {p.relative_to(staging).as_posix(): sha256_file(p) for p in held}
-    return next(f"{name}/{main}" for main in MAIN_FILES if (target / main).is_file())
+    for main in MAIN_FILES:
+        if (target / main).is_file():
+            return f"{name}/{main}"
+    raise BundleError(f"{source} holds neither {' nor '.join(MAIN_FILES)}; export the bundle again.")
 
 
 def _graph(artifact: Artifact, path: str, bundle: Bundle) -> dict[str, Any]:
