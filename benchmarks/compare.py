@@ -105,9 +105,10 @@ def _same_prompts(a: dict[str, Any], b: dict[str, Any]) -> bool:
     first, second = a["agreement"], b["agreement"]
     # The export's names no seed, and earlier versions named no photos.
     named = "photos" in first and "photos" in second
-    counts = [m.get(kind, {}).get("prompts") for m in (first, second) for kind in ("box", "point")]
-    return counts[:2] == counts[2:] and all(
-        first.get(k) == second.get(k) for k in ("images", "seed", "prompts_per_image", *["photos"] * named))
+    names = ["images", "seed", "prompts_per_image", *(["photos"] if named else [])]
+    facts = [[*map(m.get, names), *(m.get(kind, {}).get("prompts") for kind in ("box", "point"))]
+             for m in (first, second)]
+    return facts[0] == facts[1]
 
 
 def _row(a: dict[str, Any], b: dict[str, Any], allowed: float) -> list[Change]:

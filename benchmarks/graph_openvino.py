@@ -10,10 +10,10 @@ import openvino as ov
 
 from pocketsam.benchmarks.kinds import attention
 from pocketsam.benchmarks.work import Graph, Shapes, Step, Tensor
+from pocketsam.bundle import IR_FILE
 from pocketsam.errors import BundleError
 from pocketsam.specs import GraphSpec
 
-MODEL_FILE = "model.xml"
 # Weight axes that are not multiplied with an input value: the output channel, and the group before it.
 CONVOLUTIONS = {"Convolution": 1, "GroupConvolution": 2}
 TRANSPOSED = {"ConvolutionBackpropData": 1, "GroupConvolutionBackpropData": 2}
@@ -25,7 +25,7 @@ def read(path: Path, graph: GraphSpec, batch: int) -> Graph:
     Raises:
         BundleError: OpenVINO refuses the file or the shapes.
     """
-    return read_file(path / MODEL_FILE, {t.name: t.concrete(batch) for t in graph.inputs})
+    return read_file(path / IR_FILE, {t.name: t.concrete(batch) for t in graph.inputs})
 
 
 def read_file(path: Path, shapes: Shapes) -> Graph:

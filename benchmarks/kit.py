@@ -7,22 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pocketsam
-from pocketsam.benchmarks.results import GRAPHS, KIND, SCHEMA
-from pocketsam.bundle import Artifact, Bundle
+from pocketsam.benchmarks.results import GRAPHS, header
+from pocketsam.bundle import IR_FILE, ONNX_FILE, Artifact, Bundle
 from pocketsam.doctor import CPU_FLAGS
 from pocketsam.errors import BenchmarkError, BundleError, OutputError
 from pocketsam.files import sha256_file, staged_folder
-from pocketsam.geometry import Frame
-from pocketsam.prompts import Prompt, decoder_inputs
+from pocketsam.prompts import middle_click
 from pocketsam.registry import RUNTIME_FORMATS
-from pocketsam.specs import ModelSpec
 
 DEVICE = Path(__file__).parent / "device"
 SCRIPT, ENGINE, PLAN = "bench_device.py", "engine.py", "kit.json"
 ENGINES = tuple(sorted(p.stem for p in (DEVICE / "engines").glob("*.py")))
-# The file that an engine opens where an artifact is a folder.
-MAIN_FILES = ("model.xml", "model.onnx")
 SIGNATURES = {"encoder": "encode", "decoder": "decode_1"}
 
 
@@ -52,14 +47,14 @@ def write_kit(bundle: Bundle, runtime: str, precision: str, out: Path) -> int:
     artifacts = [bundle.find(RUNTIME_FORMATS[runtime], precision, graph) for graph in GRAPHS]
     with staged_folder(out) as staging:
         files: dict[str, str] = {}
-        graphs = [_graph(a, _copy(bundle.file(a), a.path, staging, files), bundle) for a in artifacts]
+        # What is zero everywhere stands as 0.
+        prompt = {k: v.tolist() if v.any() else 0 for k, v in middle_click(bundle.spec, bundle.slots).items()}
+        graphs = [_graph(a, _copy(bundle, a, staging, files), prompt) for a in artifacts]
         sizes = {a.graph: a.bytes for a in artifacts}
         row = {"runtime": runtime, "format": RUNTIME_FORMATS[runtime], "precision": precision, "reference": False,
                "status": "ok", "bytes": sizes, "agreement": artifacts[0].measured or None, "quality": None}
-        result = {"kind": KIND, "schema": SCHEMA, "complete": True, "pocketsam": pocketsam.__version__, "commit": "",
-                  "model": {"name": bundle.spec.name, "image_size": bundle.spec.image_size,
-                            "weights_sha256": bundle.weights_sha256},
-                  "settings": {"script": "bench_device"}, "ceilings": []}
+        # The device puts itself, its time and its row in place of this machine's.
+        result = {**header(bundle, {"script": "bench_device"}, ""), "complete": True, "commit": ""}
         plan = {"result": result, "row": row, "graphs": graphs, "files": files, "features": CPU_FLAGS}
         (staging / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
         shutil.copyfile(DEVICE / SCRIPT, staging / SCRIPT)
@@ -67,34 +62,27 @@ def write_kit(bundle: Bundle, runtime: str, precision: str, out: Path) -> int:
     return sum(sizes.values())
 
 
-def _copy(source: Path, name: str, staging: Path, files: dict[str, str]) -> str:
+def _copy(bundle: Bundle, artifact: Artifact, staging: Path, files: dict[str, str]) -> str:
     """Copy an artifact, note the sha256 of its files, and return the path that the engine opens."""
+    source, name = bundle.file(artifact), artifact.path
     target = staging / name
     target.parent.mkdir(parents=True, exist_ok=True)
     if not source.is_dir():
         shutil.copyfile(source, target)
-        files[name] = sha256_file(target)
+        files[name] = artifact.sha256
         return name
     shutil.copytree(source, target)
     held = sorted(p for p in target.rglob("*") if p.is_file())
     files |= {p.relative_to(staging).as_posix(): sha256_file(p) for p in held}
-    for main in MAIN_FILES:
+    for main in (IR_FILE, ONNX_FILE):
         if (target / main).is_file():
             return f"{name}/{main}"
-    raise BundleError(f"{source} holds neither {' nor '.join(MAIN_FILES)}; export the bundle again.")
+    raise BundleError(f"{source} holds neither {IR_FILE} nor {ONNX_FILE}; export the bundle again.")
 
 
-def _graph(artifact: Artifact, path: str, bundle: Bundle) -> dict[str, Any]:
+def _graph(artifact: Artifact, path: str, values: dict[str, Any]) -> dict[str, Any]:
     """One prompt in place of the symbolic batch."""
-    values = _prompt(bundle.spec, bundle.slots)
     inputs = {t["name"]: {"shape": [1 if isinstance(d, str) else d for d in t["shape"]], "dtype": t["dtype"],
                           "value": values.get(t["name"], 0)} for t in artifact.inputs}
     return {"path": path, "signature": SIGNATURES[artifact.graph], "inputs": inputs,
             "outputs": [t["name"] for t in artifact.outputs]}
-
-
-def _prompt(spec: ModelSpec, slots: int) -> dict[str, Any]:
-    """A click in the middle of a square photo; what is zero everywhere stands as 0."""
-    side = spec.image_size
-    middle = Prompt.of(frame := Frame.of(side, side, spec), spec, points=[(side / 2, side / 2)], labels=[1])
-    return {k: v.tolist() if v.any() else 0 for k, v in decoder_inputs([middle], frame, spec, slots).items()}

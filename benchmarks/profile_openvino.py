@@ -8,9 +8,9 @@ import openvino as ov
 
 from pocketsam.benchmarks.operators import Row
 from pocketsam.benchmarks.profiling import RUNS, WARMUP, least, sample_inputs
-from pocketsam.bundle import Bundle
+from pocketsam.bundle import IR_FILE, Bundle
 from pocketsam.errors import BundleError
-from pocketsam.runtimes.openvino import FORMAT, MODEL_FILE, check_precision, settings
+from pocketsam.runtimes.openvino import FORMAT, check_precision, settings
 from pocketsam.specs import GraphSpec
 
 # How the CPU plugin names kernels that are plain loops.
@@ -27,7 +27,7 @@ def profile(bundle: Bundle, precision: str, graph: GraphSpec, threads: int, comp
         BundleError: the artifact is missing, damaged or refused.
     """
     inputs = sample_inputs(bundle.spec, bundle.slots, graph)
-    path = bundle.file(bundle.find(FORMAT, precision, graph.name)) / MODEL_FILE
+    path = bundle.file(bundle.find(FORMAT, precision, graph.name)) / IR_FILE
     core = ov.Core()
     try:
         model = core.read_model(path)

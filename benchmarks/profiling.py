@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketsam.benchmarks.operators import Row
-from pocketsam.geometry import Frame
-from pocketsam.prompts import Prompt, decoder_inputs
+from pocketsam.prompts import middle_click
 from pocketsam.specs import GraphSpec, ModelSpec
 
 # The first runs allocate, tune and fill caches.
@@ -22,12 +21,9 @@ def sample_inputs(spec: ModelSpec, slots: int, graph: GraphSpec) -> dict[str, ND
     rng = np.random.default_rng(0)
     if graph.name == "encoder":
         return {t.name: rng.integers(0, 256, t.concrete(1), dtype=np.uint8) for t in graph.inputs}
-    frame = Frame.of(spec.image_size, spec.image_size, spec)
-    middle = spec.image_size / 2
     inputs: dict[str, NDArray[Any]] = {
         t.name: rng.standard_normal(t.concrete(1), dtype=np.float32) for t in spec.feature_specs()}
-    prompt = Prompt.of(frame, spec, points=[(middle, middle)], labels=[1])
-    return inputs | decoder_inputs([prompt], frame, spec, slots)
+    return inputs | middle_click(spec, slots)
 
 
 def least(runs: Iterable[Iterable[Row]]) -> list[Row]:

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import openvino as ov
 
-from pocketsam.bundle import onnx_file
+from pocketsam.bundle import IR_FILE, onnx_file
 from pocketsam.export.graphs import Graph
 from pocketsam.export.onnx import OnnxExporter
 from pocketsam.specs import GraphSpec
-
-MODEL_FILE = "model.xml"
 
 
 class OpenVinoExporter:
@@ -54,7 +52,7 @@ def save(model: ov.Model, path: Path, compress: bool = False) -> None:
         compress: weights to fp16.
     """
     path.mkdir(exist_ok=True)
-    file = path / MODEL_FILE
+    file = path / IR_FILE
     ov.save_model(model, file, compress_to_fp16=compress)
     plain = file.with_suffix(".tmp")
     with file.open(encoding="utf-8") as lines, plain.open("w", encoding="utf-8") as out:

@@ -73,11 +73,11 @@ def read_state_dict(path: Path) -> StateDict:
         raise
     except pickle.UnpicklingError as e:
         raise CheckpointError(f"checkpoint {path} is damaged or holds more than weights, and was not executed "
-                              f"({_first_line(e)}); download it again from the official place.") from e
+                              f"({first_line(e)}); download it again from the official place.") from e
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError) as e:
-        raise CheckpointError(f"checkpoint {path} is damaged ({_first_line(e)}); download it again.") from e
+        raise CheckpointError(f"checkpoint {path} is damaged ({first_line(e)}); download it again.") from e
     except Exception as e:  # safetensors raises its own class, which must not be imported to be caught
-        raise CheckpointError(f"checkpoint {path} is damaged ({_first_line(e)}); download it again.") from e
+        raise CheckpointError(f"checkpoint {path} is damaged ({first_line(e)}); download it again.") from e
     return _unwrap(data, path)
 
 
@@ -180,6 +180,7 @@ def _some(keys: list[str], most: int = 3) -> str:
     return ", ".join(keys[:most]) + more
 
 
-def _first_line(e: Exception) -> str:
+def first_line(e: Exception) -> str:
+    """What an exception says, short enough for a sentence."""
     text = str(e).strip().splitlines()
     return (text[0] if text else type(e).__name__)[:160].rstrip(".")

@@ -14,7 +14,8 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as opset
 
-from pocketsam.export.openvino import MODEL_FILE, save
+from pocketsam.bundle import IR_FILE
+from pocketsam.export.openvino import save
 from pocketsam.quantize.openvino_attention import global_attention, make_signed, spell_out
 from pocketsam.quantize.openvino_ranges import set_range
 from pocketsam.quantize.recipes import Job, narrow_grid
@@ -111,7 +112,7 @@ class OpenVinoQuantizer:
         return done
 
     def _read(self) -> ov.Model:
-        return ov.Core().read_model(self.job.source / MODEL_FILE)
+        return ov.Core().read_model(self.job.source / IR_FILE)
 
     @staticmethod
     def _computed(model: ov.Model) -> list[str]:

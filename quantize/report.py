@@ -154,7 +154,7 @@ def _row(reference: Predictor, candidate: Predictor, samples: Iterable[tuple[Rgb
         for i, ((kind, _), (a, token), (b, other)) in enumerate(zip(asked, ours, theirs, strict=False)):
             iou = mask_iou(a, b)
             total.ious[kind].append(iou)
-            total.flips += token != other
+            total.flips += kind == "point" and token != other
             cases.append(Case((total.images, i), f"{format_} {recipe}, {kind}", iou, image, a, b))
         cases = sorted(cases, key=lambda c: c.iou)[:WORST]
     retention = None

@@ -12,7 +12,7 @@ import numpy as np
 import openvino as ov
 
 from pocketsam.batching import decode_padded
-from pocketsam.bundle import Bundle
+from pocketsam.bundle import IR_FILE, Bundle
 from pocketsam.errors import BundleError, UsageError
 from pocketsam.files import cache_root
 from pocketsam.geometry import Frame
@@ -22,7 +22,6 @@ from pocketsam.runtime import Features, Tensors
 from pocketsam.specs import GraphSpec
 
 FORMAT = "openvino"
-MODEL_FILE = "model.xml"
 # OpenVINO would pick bf16 or f16 by itself where the hardware has it, and masks would change with the machine.
 INFERENCE_PRECISIONS = dict(zip(OPENVINO_PRECISIONS, ("FP32", "BF16", "FP16"), strict=True))
 # With a model cache OpenVINO sets the process's locale to "C" while it compiles and back after: of two at once, the
@@ -118,7 +117,7 @@ class OpenVinoRuntime:
                               "version.") from e
 
     def _path(self, bundle: Bundle, precision: str, graph: GraphSpec) -> Path:
-        return bundle.file(bundle.find(FORMAT, precision, graph.name)) / MODEL_FILE
+        return bundle.file(bundle.find(FORMAT, precision, graph.name)) / IR_FILE
 
     def _read(self, bundle: Bundle, precision: str, graph: GraphSpec) -> ov.Model:
         path = self._path(bundle, precision, graph)

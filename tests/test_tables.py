@@ -61,13 +61,14 @@ def onnx_file(folder: Path) -> Path:
 
 
 def openvino_file(folder: Path) -> Path:
-    from pocketsam.export.openvino import MODEL_FILE, save
+    from pocketsam.bundle import IR_FILE
+    from pocketsam.export.openvino import save
     from pocketsam.quantize.openvino import _store_tables
 
     model = ov.convert_model(Adds(), example_input=torch.zeros(SHAPE))
     _store_tables(model)
     save(model, folder / "adds.ir")
-    return folder / "adds.ir" / MODEL_FILE
+    return folder / "adds.ir" / IR_FILE
 
 
 def litert_file(folder: Path) -> Path:

@@ -11,6 +11,7 @@ import torch
 
 from pocketsam.errors import UsageError
 from pocketsam.files import staged_file
+from pocketsam.models.loading import first_line
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -43,9 +44,8 @@ def read_checkpoint(out: Path, plan: Mapping[str, Any], place: torch.device) -> 
     try:
         state: dict[str, Any] = dict(torch.load(path, map_location=place, weights_only=True))
     except (OSError, EOFError, RuntimeError, ValueError, TypeError, pickle.UnpicklingError) as e:
-        said = next(iter(str(e).splitlines()), type(e).__name__)
-        raise UsageError(f"{path} cannot be read ({said}); if it is damaged, remove it to begin again, or choose "
-                         "another folder.") from e
+        raise UsageError(f"{path} cannot be read ({first_line(e)}); if it is damaged, remove it to begin again, or "
+                         "choose another folder.") from e
     begun = state.pop("plan", None)
     advice = f"choose another folder (--initial {out} starts from its weights)."
     if begun is None:

@@ -18,6 +18,7 @@ MANIFEST = "bundle.json"
 SCHEMA = 1
 MAX_MANIFEST_BYTES = 16 * 2**20
 ONNX_FILE = "model.onnx"
+IR_FILE = "model.xml"
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,13 @@ class Prompt:
         return int(used > 0 and (spec.padding == "always" or self.box is None))
 
 
+def middle_click(spec: ModelSpec, slots: int) -> dict[str, Floats]:
+    """``decoder_inputs`` of one click in the middle of a square photo: what timings prompt with."""
+    side = spec.image_size
+    frame = Frame.of(side, side, spec)
+    return decoder_inputs([Prompt.of(frame, spec, points=[(side / 2, side / 2)], labels=[1])], frame, spec, slots)
+
+
 def decoder_inputs(prompts: Sequence[Prompt], frame: Frame, spec: ModelSpec, slots: int) -> dict[str, Floats]:
     """Lay prompts into the decoder's inputs, without the image features.
 

@@ -21,7 +21,7 @@ from pocketsam.doctor import machine, runtimes
 from pocketsam.errors import BundleError, PocketSamError, UnknownName, UsageError
 from pocketsam.files import cache_root, staged_file
 from pocketsam.geometry import Frame
-from pocketsam.prompts import Prompt, decoder_inputs
+from pocketsam.prompts import middle_click
 from pocketsam.registry import RECIPES, RUNTIME_FORMATS, RUNTIME_VARIABLES, missing_runtime
 from pocketsam.runtime import Runtime
 
@@ -148,9 +148,8 @@ def graph_calls(engine: Runtime) -> dict[str, Callable[[], Any]]:
     side = spec.image_size
     frame = Frame.of(side, side, spec)
     image = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), dtype=np.uint8)
-    prompt = Prompt.of(frame, spec, points=[(side / 2, side / 2)], labels=[1])
     features = engine.encode(image, frame)
-    inputs = decoder_inputs([prompt], frame, spec, engine.slots)
+    inputs = middle_click(spec, engine.slots)
     return {"encoder": lambda: engine.encode(image, frame), "decoder": lambda: engine.decode(features, inputs)}
 
 
