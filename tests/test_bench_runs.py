@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +56,20 @@ def test_a_real_run(bench_run: Path) -> None:
     assert {p.name for p in bench_run.iterdir()} == {"bench.json", "bench.csv", "bench.html"}
 
 
-def test_what_finds_no_room_comes_for_its_turns(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_finds_no_room_comes_for_its_turns(toy_bundle: Path, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for one process: the first stays, the second is opened anew for each turn, and both are timed."""
-    # A process of the toy model takes some 100 MB.
-    monkeypatch.setattr(latency, "available_mb", lambda: 150 / latency.ROOM)
+    target = Target("onnxruntime", "fp32", 1, "onnx", str(toy_bundle))
+    # What one process takes depends on the machine.
+    with closing(processes.Worker(target, tmp_path)) as worker:
+        one = worker.facts["peak_mb"]
+    monkeypatch.setattr(latency, "available_mb", lambda: 1.5 * one / latency.ROOM)
     opened: list[Path] = []
     open_ = processes.Worker.open
     monkeypatch.setattr(processes.Worker, "open", lambda self: (opened.append(self.cache), open_(self)))
     kept: list[Measured] = []
     plan = Plan(rounds=2, calls=(1, 2), warmup=1, extra=0, cold=False)
-    latency.measure([Target("onnxruntime", "fp32", 1, "onnx", str(toy_bundle))] * 2, plan, lambda t: None,
+    latency.measure([target] * 2, plan, lambda t: None,
                     lambda rows, quality: kept.__setitem__(slice(None), rows))
     assert [r.resident for r in kept] == [True, False]
     assert all(r.status == "ok" and [len(t) for t in r.times["decoder"]] == [2, 2] for r in kept)
