@@ -15,7 +15,7 @@ import torch
 from pocketsam import registry
 from pocketsam.doctor import machine
 from pocketsam.errors import WorkerError
-from pocketsam.export import rewrites
+from pocketsam.export import decoder_rewrites, rewrites
 from pocketsam.export.graphs import ClickGraph, DecoderGraph, EncoderGraph, Graph
 from pocketsam.models.loading import load_model
 from pocketsam.models.sam import SegmentAnything
@@ -94,7 +94,7 @@ def module(exporter: Any, model: SegmentAnything, graph: str, slots: int) -> Gra
     if graph == "encoder":
         return EncoderGraph(model).eval()
     if graph == "decoder":
-        return DecoderGraph(rewrites.with_absorbed_decoder(model) if exporter.absorb else model, slots).eval()
+        return DecoderGraph(decoder_rewrites.with_absorbed_decoder(model) if exporter.absorb else model, slots).eval()
     return ClickGraph(model, graph).eval().requires_grad_(False)
 
 

@@ -202,7 +202,7 @@ def _quantize(bundle: Bundle, reference: Any, exporters: Sequence[Any], recipes:
     def brought(row: Artifact) -> Artifact | None:
         return None if old is None else bring(old, row, bundle.root)
 
-    stage = registry.entry("pocketsam.quantize.build:Stage")(
+    stage = registry.entry("pocketsam.quantize.pair:Stage")(
         module, reference, images, calibration, gate, seconds, kept, brought, report)
     done, misses = registry.entry("pocketsam.quantize.build:quantize")(
         bundle, [(e.name, e.runtime) for e in exporters], recipes, stage)

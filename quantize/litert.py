@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +30,8 @@ WEIGHTED = (*CONVOLUTIONS, "FULLY_CONNECTED")
 # What stands between weighted layers and costs a conversion each way when left in float. Softmax, normalisation and
 # products of two computed tensors (attention) are left out on purpose: they stay in float.
 BETWEEN = ("RESIZE_NEAREST_NEIGHBOR",)
+# Bytes of float weights above which ai-edge-quantizer 0.10 makes them two-dimensional, but not their scales.
+LARGE = 32 * 2**20
 
 
 class Operator(NamedTuple):
@@ -82,7 +86,8 @@ class LiteRtQuantizer:
                 for name, (low, high) in self._ranges().items():
                     self._statistics[name].update(min=np.full_like(self._statistics[name]["min"], low),
                                                   max=np.full_like(self._statistics[name]["max"], high))
-            tool.quantize(self._statistics).export_model(str(path), overwrite=True)
+            with large_kernels():
+                tool.quantize(self._statistics).export_model(str(path), overwrite=True)
             compact(path)
 
     def _samples(self) -> dict[str, Any]:
@@ -140,3 +145,26 @@ class LiteRtQuantizer:
             tool.update_quantization_recipe(regex=f"(^|;){re.escape(layer)};", algorithm_key="no_quantize",
                                             operation_name=qtyping.TFLOperationName.ALL_SUPPORTED)
         return tool
+
+
+@contextmanager
+def large_kernels() -> Iterator[None]:
+    """Let the tool quantize convolution kernels of more than ``LARGE`` bytes, which it refuses: part by part."""
+    from ai_edge_quantizer.algorithms.uniform_quantize import uniform_quantize_tensor as functions
+
+    whole = functions.uniform_quantize
+
+    def in_parts(data: NDArray[Any], params: Any, is_blockwise: bool = False) -> NDArray[Any]:
+        if data.ndim < 3 or data.nbytes <= LARGE or is_blockwise:
+            return np.asarray(whole(data, params, is_blockwise))
+        parts = np.array_split(np.arange(len(data)), min(len(data), -(-data.nbytes // LARGE)))
+        by_output = len(params.scale) == len(data)
+        return np.concatenate([
+            whole(data[i], dataclasses.replace(params, scale=params.scale[i], zero_point=params.zero_point[i])
+                  if by_output else params) for i in parts])
+
+    functions.uniform_quantize = in_parts
+    try:
+        yield
+    finally:
+        functions.uniform_quantize = whole

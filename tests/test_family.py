@@ -13,7 +13,7 @@ from torch import nn
 
 from pocketsam import registry
 from pocketsam.errors import PromptError, UsageError
-from pocketsam.export import rewrites
+from pocketsam.export import decoder_rewrites, rewrites
 from pocketsam.export.graphs import DecoderGraph, EncoderGraph, example_inputs
 from pocketsam.geometry import Frame, to_exact_image, to_model_image, upscale_logits
 from pocketsam.models.catalog import spec as spec_of
@@ -53,7 +53,7 @@ def test_rewrites_are_exact(toy_registered: None, name: str) -> None:
     prepared = rewrites.prepare(copy.deepcopy(model))
     pairs = [*zip(EncoderGraph(model)(*image), EncoderGraph(prepared)(*image), strict=True)]
     expected = DecoderGraph(model, SLOTS)(*inputs)
-    for form in (prepared, rewrites.with_absorbed_decoder(prepared)):
+    for form in (prepared, decoder_rewrites.with_absorbed_decoder(prepared)):
         pairs += zip(expected, DecoderGraph(form, SLOTS)(*inputs), strict=True)
     for want, got in pairs:
         assert (want - got).abs().max() <= 5e-5 * max(1.0, float(want.std()))

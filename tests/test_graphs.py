@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketsam import registry
-from pocketsam.export import rewrites
+from pocketsam.export import decoder_rewrites, rewrites
 from pocketsam.export.graphs import DecoderGraph, EncoderGraph, example_inputs
 from pocketsam.geometry import Frame, to_model_image
 from pocketsam.models import layers
@@ -61,7 +61,7 @@ def test_fixed_slots_equal_the_dynamic_decoder(model: SegmentAnything, form: str
     reference = PyTorchRuntime(model, "toy")
     features = {"image_embeddings": torch.randn(1, 32, 8, 8)}
     forms = {"plain": lambda: model, "rewritten": lambda: rewrites.prepare(copy.deepcopy(model)),
-             "absorbed": lambda: rewrites.with_absorbed_decoder(rewrites.prepare(copy.deepcopy(model)))}
+             "absorbed": lambda: decoder_rewrites.with_absorbed_decoder(rewrites.prepare(copy.deepcopy(model)))}
     fixed = DecoderGraph(forms[form](), SLOTS)
     for prompt in prompts(model, frame):
         inputs = decoder_inputs([prompt], frame, model.spec, SLOTS)
@@ -80,7 +80,7 @@ def test_rewritten_decoder_with_skip_features() -> None:
     spec = built.spec.decoder_graph(SLOTS)
     inputs = example_inputs(spec, 2)
     expected = DecoderGraph(built, SLOTS)(*inputs)
-    rewritten = rewrites.with_absorbed_decoder(rewrites.prepare(copy.deepcopy(built)))
+    rewritten = decoder_rewrites.with_absorbed_decoder(rewrites.prepare(copy.deepcopy(built)))
     for got, want in zip(DecoderGraph(rewritten, SLOTS)(*inputs), expected, strict=True):
         assert (got - want).abs().max() <= 2e-5 * max(1.0, float(want.std()))
 
@@ -201,9 +201,10 @@ def traced_ranks(graph: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]
 @pytest.mark.parametrize("name", ["toy_sam", "mobile_sam", "lite0"])
 def test_no_tensor_above_four_dimensions(toy_registered: None, name: str) -> None:
     built = rewrites.prepare(registry.load("model", name)())
+    absorbed = decoder_rewrites.with_absorbed_decoder(built)
     for graph, spec in ((EncoderGraph(built), built.spec.encoder_graph()),
                         (DecoderGraph(built, SLOTS), built.spec.decoder_graph(SLOTS)),
-                        (DecoderGraph(rewrites.with_absorbed_decoder(built), SLOTS), built.spec.decoder_graph(SLOTS))):
+                        (DecoderGraph(absorbed, SLOTS), built.spec.decoder_graph(SLOTS))):
         ranks = traced_ranks(graph.eval(), example_inputs(spec, 1))
         assert max(ranks.values()) <= 4, {k: r for k, r in ranks.items() if r > 4}
 

@@ -196,3 +196,24 @@ def test_layers_that_do_not_run_are_left_alone() -> None:
     assert [tuple(layer.module.weight.shape) for layer in prepared.layers] == [(64, 3, 3, 3), (64, 64, 3, 3)]
     assert [layer.scales is None for layer in prepared.layers] == [True, False]
     assert torch.equal(prepared.module.head.weight, module.head.weight)
+
+
+def test_kernels_too_large_for_litert_s_tool_are_rounded_as_others() -> None:
+    """EfficientViT-SAM XL has a 1 x 1 convolution with 48 MiB of weights."""
+    from ai_edge_quantizer import qtyping
+    from ai_edge_quantizer.algorithms.uniform_quantize import uniform_quantize_tensor as functions
+
+    from pocketsam.quantize.litert import LARGE, large_kernels
+
+    data = np.random.default_rng(0).standard_normal((3, 1, 2, LARGE // 16), np.float32)
+    assert data.nbytes > LARGE
+    scale = np.abs(data).max((1, 2, 3), keepdims=True) / 127
+    params = qtyping.UniformQuantParams(num_bits=8, quantized_dimension=0, scale=scale,
+                                        zero_point=np.zeros_like(scale, dtype=np.int32), symmetric=True)
+    before = functions.uniform_quantize
+    with large_kernels():
+        codes = functions.uniform_quantize(data, params)
+    assert functions.uniform_quantize is before
+    assert codes.dtype == np.int8
+    assert codes.shape == data.shape
+    assert np.abs(codes * scale - data).max() <= scale.max() / 2 * 1.001

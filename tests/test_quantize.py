@@ -292,7 +292,7 @@ def test_quantize_command(cli: Run, toy_bundle: Path, toy_checkpoint: Path, tmp_
     made = read_bundle(out).find("onnx", "int8", "encoder")
     assert made.quantization["calibration"]["distinct"] == 7
     # One that misses its gate does not take the place of one that did not.
-    monkeypatch.setattr("pocketsam.quantize.build._Pair._encoder", below)
+    monkeypatch.setattr("pocketsam.quantize.pair.Pair._encoder", below)
     outcome = cli("quantize", out, *common, "--calibration-images", "2")
     assert outcome.code == 2
     assert "Too rough." in outcome.err
