@@ -63,7 +63,7 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
         CheckpointError, UnknownName, UsageError: bad input.
         UnsupportedModel: the weights are too large for a format.
         ParityError: an artifact misses its gate. Nothing is written if it is a float one; else everything but the int8
-            pairs that miss theirs.
+            pairs that miss theirs or that a format's tool refuses.
         OutputError: the folder cannot be written, or holds a bundle of another model, input side, number of slots or
             other weights.
     """

@@ -20,8 +20,8 @@ def quantize(bundle: Bundle, formats: Sequence[tuple[str, str]], recipes: Sequen
         formats: (format, runtime) pairs.
 
     Returns:
-        The bundle, and a sentence for each pair that misses its gate, with the best that was found; of such a pair the
-        bundle has what an earlier export left, if that passed this gate.
+        The bundle, and a sentence for each pair that misses its gate, with the best that was found, or that its
+        tool refuses. Of such a pair the bundle has what an earlier export left, if that passed this gate.
 
     Raises:
         UnsupportedModel: none of the formats has a recipe.
@@ -36,7 +36,8 @@ def quantize(bundle: Bundle, formats: Sequence[tuple[str, str]], recipes: Sequen
             pair = Pair(bundle, format_, runtime, recipe, stage, reference, prepared)
             try:
                 rows = pair.make()
-            except ParityError as e:
+            except (ParityError, UnsupportedModel) as e:
+                pair.discard()
                 stage.report(str(e))
                 misses.append(str(e))
                 rows = pair.earlier() if pair.passed_before() else []

@@ -15,16 +15,17 @@ from pocketsam import registry
 from pocketsam.api import open_bundle
 from pocketsam.bundle import Artifact, Bundle
 from pocketsam.doctor import machine
-from pocketsam.errors import BundleError, ParityError, UnsupportedModel
+from pocketsam.errors import BundleError, ParityError, PocketSamError, UnsupportedModel
 from pocketsam.files import sha256_path, size_of
 from pocketsam.images import Rgb
+from pocketsam.models.loading import first_line
 from pocketsam.parity import GATES, compare_clicks, photos_id
 from pocketsam.predictor import Predictor
 from pocketsam.quantize.agreement import agreement, slower, time_ratio
 from pocketsam.quantize.calibration import CalibrationSet
 from pocketsam.quantize.correction import METHOD, Prepared, prepare
 from pocketsam.quantize.grid import Grid
-from pocketsam.quantize.recipes import Job, check
+from pocketsam.quantize.recipes import Job, Quantizer, check
 from pocketsam.quantize.search import Search, try_attention
 from pocketsam.remembered import Remembered
 from pocketsam.runtime import Runtime
@@ -114,7 +115,18 @@ class Pair:
         return all(a.measured.get("photos") == self.photos and a.measured["all"]["mean"] >= self.gate
                    for a in self.old if a.graph not in CLICK_GRAPHS)
 
+    def discard(self) -> None:
+        """Remove what an attempt left."""
+        for graph in ("encoder", "decoder"):
+            remove(self._path(graph))
+
     def make(self) -> list[Artifact]:
+        """The artifacts of this pair, made or brought over.
+
+        Raises:
+            ParityError: the gate is out of reach.
+            UnsupportedModel: the format's tool refuses the model.
+        """
         key = self._key()
         if self.old and all(a.key == key for a in self.old) and (kept := self.earlier()):
             self.stage.report(f"kept {self.format} {self.recipe}")
@@ -169,7 +181,7 @@ class Pair:
 
         def measure(keep: frozenset[str], images: Sequence[Rgb]) -> dict[str, Any]:
             remove(path)
-            tool.write(path, keep | fixed)
+            self._write(tool, path, keep | fixed)
             row = self._row("encoder", path, key)
             return agreement(self.reference, self._open(row, decoder), images).summary()
 
@@ -202,7 +214,7 @@ class Pair:
         except UnsupportedModel as e:
             return fp32, str(e), None, measured
         self.stage.report(f"quantizing {self.format} decoder, {self.recipe}")
-        tool.write(path, frozenset())
+        self._write(tool, path, frozenset())
         row = self._row("decoder", path, key)
         try:
             both = agreement(self.reference, self._open(encoder, row), self.stage.images).summary()
@@ -217,6 +229,15 @@ class Pair:
             remove(path)
             return fp32, f"its int8 form is less exact and only {ratio} x as fast as fp32", ratio, measured
         return row, "", ratio, both
+
+    def _write(self, tool: Quantizer, path: Path, keep: frozenset[str]) -> None:
+        try:
+            tool.write(path, keep)
+        except (PocketSamError, OSError, MemoryError):
+            raise
+        except Exception as e:  # the formats' tools raise whatever went wrong inside
+            raise UnsupportedModel(f"{', '.join(tool.tools())} cannot make {self.format} {self.recipe} of this model "
+                                   f"({first_line(e)}); choose other formats or precisions.") from e
 
     def _job(self, graph: str) -> Job:
         spec = self.bundle.spec

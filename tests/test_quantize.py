@@ -315,6 +315,23 @@ def below(*_: Any) -> None:
     raise ParityError("Too rough.")
 
 
+def test_a_tool_that_fails_leaves_the_rest(toy_checkpoint: Path, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: object, path: Path, keep: frozenset[str] = frozenset()) -> None:
+        path.write_bytes(b"half")
+        raise ValueError("more dimensions than allowed\nand a second line")
+
+    monkeypatch.setattr("pocketsam.quantize.onnx.OnnxQuantizer.write", fail)
+    out = tmp_path / "b"
+    with pytest.raises(ParityError, match=r"onnxruntime cannot make onnx int8 of this model \(more dimensions than "
+                                          r"allowed\); .* holds the rest\."):
+        pocketsam.export("toy_sam", checkpoint=toy_checkpoint, precisions=["fp32", "int8"], out=out,
+                         images=photo_paths()[:1], calibration_images=2, clicks=False)
+    bundle = read_bundle(out)
+    assert {a.precision for a in bundle.artifacts} == {"fp32"}
+    assert {p.name for p in (out / "onnx").iterdir()} == {Path(a.path).name for a in bundle.artifacts}
+
+
 @pytest.mark.parametrize(("format_", "recipe"), marked([c for c in CASES if c[1] != "int8-dynamic"]))
 def test_layers_kept_in_float_are_larger(toy_everywhere: Path, tmp_path: Path, format_: str, recipe: str) -> None:
     """Names that ``layers`` gives are names that ``write`` understands."""

@@ -89,7 +89,7 @@ def export(model: str | None = None, *, checkpoint: str | Path | None = None, fo
 
     Raises:
         ParityError: an artifact differs from the PyTorch reference by more than its gate. Nothing is written if it is a
-            float one; else everything but the int8 pairs that miss theirs.
+            float one; else everything but the int8 pairs that miss theirs or that a format's tool refuses.
     """
     from pocketsam.errors import MissingDependency
 
