@@ -51,6 +51,8 @@ MODELS = (BUILTIN_MODEL, "mobile_sam", "sam_vit_b")
 PRECISIONS = ("fp32", "fp16", "int8")
 # Long calls: fewer rounds and prompts.
 HEAVY = ("sam_vit", "sam_hq_vit_b", "sam2.1", "efficient_sam", "efficientvit_sam_xl", "repvit")
+# Of these one calibration image; their layers are rounded one at a time on each.
+LARGEST = ("sam_vit_l", "sam_vit_h", "sam2.1_large")
 REFUSED = "refused.json"
 # Core ML files are not timed elsewhere; where the bundle has them already, their size and agreement are shown.
 TIMED = [f for f in FORMATS if f != "coreml" or sys.platform == "darwin"]
@@ -143,8 +145,8 @@ def export(model: str, checkpoint: Path | None, bundle: Path, folder: Path, cali
         make(list(TIMED), list(PRECISIONS), gate=None if is_trained(model, checkpoint) else 0.0)
         return
     # One photo and few calibration images: their weights show no accuracy.
-    few: dict[str, Any] = {"images": photo_paths()[:1], "calibration_images": 3 if model.startswith(HEAVY) else 8,
-                           "clicks": False}
+    count = 1 if model in LARGEST else 3 if model.startswith(HEAVY) else 8
+    few: dict[str, Any] = {"images": photo_paths()[:1], "calibration_images": count, "clicks": False}
     refused: dict[str, str] = {}
 
     def attempt(formats: list[str], precision: str) -> bool:
