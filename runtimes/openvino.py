@@ -94,8 +94,11 @@ class OpenVinoRuntime:
         spec = self.spec.graphs()[graph]
         with self._building:
             compiled = self._clicks(graph)
-        out = compiled.create_infer_request().infer(inputs, share_inputs=True, share_outputs=True)
-        return {n: np.array(out[n]) for n in spec.output_names}
+        request = compiled.create_infer_request()
+        # Threads that decode clicks come and go; `infer` computes in the thread that calls it, this in the streams.
+        request.start_async(inputs, share_inputs=True)
+        request.wait()
+        return {n: np.array(request.get_tensor(n).data) for n in spec.output_names}
 
     def info(self) -> dict[str, Any]:
         return dict(self._info)
