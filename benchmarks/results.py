@@ -51,8 +51,11 @@ def commit() -> str:
     """Git commit of the source that runs, with ``-dirty`` if it was changed; empty outside a checkout."""
     root = Path(__file__).resolve().parents[1]
     try:
-        got = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True,
-                             encoding="utf-8", timeout=10, check=True)
+        # An installed copy may lie inside somebody else's repository.
+        for command in (["ls-files", "--error-unmatch", Path(__file__).resolve()],
+                        ["describe", "--always", "--dirty", "--abbrev=12"]):
+            got = subprocess.run(["git", *command], cwd=root, capture_output=True, encoding="utf-8", timeout=10,
+                                 check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
     return got.stdout.strip()

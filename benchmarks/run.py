@@ -186,9 +186,9 @@ def _rows(bundle: Bundle, measured: list[Measured], against: str) -> list[dict[s
                                "quality": None}
         if t.format:
             parts = {a.graph: a for a in bundle.artifacts if (a.format, a.precision) == (t.format, t.precision)}
-            row["bytes"] = {g: parts[g].bytes for g in GRAPHS}
+            row["bytes"] = {g: parts[g].bytes if g in parts else 0 for g in GRAPHS}
             # The export measured what f32 gives.
-            row["agreement"] = None if t.compute else parts["encoder"].measured or None
+            row["agreement"] = None if t.compute or "encoder" not in parts else parts["encoder"].measured or None
         rows.append({**row, **own})
     return rows
 
@@ -213,9 +213,13 @@ def _add_floor(bundle: Bundle, result: dict[str, Any], threads: tuple[int, ...],
                 _add_operators(bundle, row, report)
 
 
+# int8 recipe -> what its products are computed in; the others compute as the file's precision, or as asked.
+RATES = {"int8": "int8", "int8-dynamic": "int8", "int8-weights": "fp32"}
+
+
 def _add_work(bundle: Bundle, row: dict[str, Any], ceiling: roofline.Ceiling | None) -> None:
     """FLOPs and bytes of both graphs, and their floor where the machine's rate is known."""
-    rate = row["precision"] if row["precision"] == "int8" else row["compute"] or row["precision"]
+    rate = RATES.get(row["precision"], row["compute"] or row["precision"])
     for graph in GRAPHS:
         work = roofline.count(bundle, row["format"], row["precision"], graph)
         row[graph] |= {"flops": work.flops, "bytes": work.bytes}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pocketsam.bundle import Artifact, Bundle, read_bundle
+from pocketsam.bundle import MANIFEST, Artifact, Bundle, read_bundle
 from pocketsam.errors import BundleError, OutputError
 from pocketsam.files import sha256_path, size_of
 from pocketsam.specs import ModelSpec
@@ -27,6 +27,14 @@ def existing(out: Path) -> Bundle | None:
         # Whatever it is, it may be all that someone has.
         raise OutputError(f"{out} exists and is not a bundle that can be extended ({e}); choose another folder or "
                           "remove it.") from e
+
+
+def standing(out: Path) -> bytes | None:
+    """What tells whether a place was changed meanwhile: its manifest, b"" for anything else, None for nothing."""
+    try:
+        return (out / MANIFEST).read_bytes()
+    except OSError:
+        return b"" if out.exists() and not (out.is_dir() and not any(out.iterdir())) else None
 
 
 def check_same(old: Bundle | None, spec: ModelSpec, sha256: str, slots: int) -> None:
@@ -64,10 +72,21 @@ def bring(old: Bundle, row: Artifact, root: Path) -> Artifact | None:
 
 def carry_over(kept: list[Artifact], rows: list[Artifact], old: Bundle | None, staging: Path,
                 remade: Sequence[str]) -> list[Artifact]:
-    """Artifacts of other formats and precisions that the existing bundle holds for the same weights."""
+    """Artifacts of other formats and precisions that the existing bundle holds for the same weights.
+
+    Raises:
+        OutputError: one of them is damaged; without it the bundle would hold half a pair.
+    """
+    if old is None:
+        return []
     made = {(r.path, r.precision) for r in rows}
     formats = {r.format for r in rows}
     wanted = [a for a in kept if (a.path, a.precision) not in made
               and not (a.precision in remade and a.format in formats)]
-    brought = [bring(old, a, staging) for a in wanted] if old is not None else []
-    return [a for a in brought if a is not None]
+    brought = []
+    for a in wanted:
+        if (row := bring(old, a, staging)) is None:
+            raise OutputError(f"{a.path} of {old.root} is missing or damaged and would be lost; export {a.format} "
+                              f"{a.precision} anew in the same command, or choose another folder.")
+        brought.append(row)
+    return brought

@@ -16,10 +16,10 @@ import pocketsam
 from pocketsam import registry
 from pocketsam.api import open_bundle
 from pocketsam.bundle import MANIFEST, Artifact, Bundle, to_json
-from pocketsam.errors import ParityError, UnknownName, UnsupportedModel, UsageError
+from pocketsam.errors import OutputError, ParityError, UnknownName, UnsupportedModel, UsageError
 from pocketsam.export import rewrites
 from pocketsam.export.conversions import Conversion, Source, convert_all, module
-from pocketsam.export.existing import bring, carry_over, check_same, existing
+from pocketsam.export.existing import bring, carry_over, check_same, existing, standing
 from pocketsam.export.graphs import Graph, bytes_of
 from pocketsam.files import sha256_file, sha256_path, size_of, staged_folder
 from pocketsam.images import ImageLike, Rgb, load_rgb
@@ -70,7 +70,7 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
     exporters = _check(formats, precisions, slots, gate, jobs)
     recipes = [p for p in precisions if p in registry.RECIPES]
     asked, precisions = precisions, _floats(precisions)
-    old = existing(out)
+    before, old = standing(out), existing(out)
     rgbs = [load_rgb(i) for i in images] if images else [load_rgb(p) for p in photo_paths()[:PARITY_IMAGES]]
     report(f"loading {checkpoint}")
     image_size = None if image_size == spec_of(model).image_size else image_size
@@ -122,6 +122,9 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
             bundle = _without_unasked(bundle, asked, kept)
             if not bundle.artifacts:
                 raise ParityError(f"{' '.join(misses)} Nothing was written.")
+        if standing(out) != before:
+            raise OutputError(f"{out} was changed while this export ran, perhaps by another one; nothing was written: "
+                              "run it again, which keeps what is there now.")
         (staging / MANIFEST).write_text(to_json(bundle), encoding="utf-8")
     report(f"wrote {out}")
     if misses:
@@ -202,7 +205,7 @@ def _quantize(bundle: Bundle, reference: Any, exporters: Sequence[Any], recipes:
     def brought(row: Artifact) -> Artifact | None:
         return None if old is None else bring(old, row, bundle.root)
 
-    stage = registry.entry("pocketsam.quantize.pair:Stage")(
+    stage = registry.entry("pocketsam.quantize.stage:Stage")(
         module, reference, images, calibration, gate, seconds, kept, brought, report)
     done, misses = registry.entry("pocketsam.quantize.build:quantize")(
         bundle, [(e.name, e.runtime) for e in exporters], recipes, stage)
@@ -248,7 +251,8 @@ def _prove(bundle: Bundle, checkpoint: Path, image_size: int | None, exporters: 
             if all(_proven(rows[i], least) for i in made):
                 continue
             report(f"measuring {exporter.name} {precision} on {len(images)} images")
-            candidate = Predictor(open_bundle(bundle, exporter.runtime, precision))
+            compute = registry.EXACT_COMPUTE.get(exporter.runtime)
+            candidate = Predictor(open_bundle(bundle, exporter.runtime, precision, compute=compute))
             clicks = [i for i in made if rows[i].graph in CLICK_GRAPHS]
             for part, measure in (([i for i in made if i not in clicks], compare), (clicks, compare_clicks)):
                 if not part:

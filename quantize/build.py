@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pocketsam.bundle import Bundle
-from pocketsam.errors import ParityError, UnsupportedModel
-from pocketsam.quantize.pair import Pair, Preparation, Stage
+from pocketsam.errors import BundleError, ParityError, UnsupportedModel
+from pocketsam.quantize.pair import Pair
 from pocketsam.quantize.recipes import check
+from pocketsam.quantize.stage import Preparation, Stage
 from pocketsam.remembered import Remembered
 
 
@@ -21,7 +22,7 @@ def quantize(bundle: Bundle, formats: Sequence[tuple[str, str]], recipes: Sequen
 
     Returns:
         The bundle, and a sentence for each pair that misses its gate, with the best that was found, or that its
-        tool refuses. Of such a pair the bundle has what an earlier export left, if that passed this gate.
+        tool or engine refuses. Of such a pair the bundle has what an earlier export left, if that passed this gate.
 
     Raises:
         UnsupportedModel: none of the formats has a recipe.
@@ -36,7 +37,7 @@ def quantize(bundle: Bundle, formats: Sequence[tuple[str, str]], recipes: Sequen
             pair = Pair(bundle, format_, runtime, recipe, stage, reference, prepared)
             try:
                 rows = pair.make()
-            except (ParityError, UnsupportedModel) as e:
+            except (ParityError, UnsupportedModel, BundleError) as e:
                 pair.discard()
                 stage.report(str(e))
                 misses.append(str(e))

@@ -6,8 +6,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,10 @@ from pocketsam.models.loading import first_line
 from pocketsam.parity import GATES, compare_clicks, photos_id
 from pocketsam.predictor import Predictor
 from pocketsam.quantize.agreement import agreement, slower, time_ratio
-from pocketsam.quantize.calibration import CalibrationSet
-from pocketsam.quantize.correction import METHOD, Prepared, prepare
-from pocketsam.quantize.grid import Grid
+from pocketsam.quantize.correction import METHOD
 from pocketsam.quantize.recipes import Job, Quantizer, check
 from pocketsam.quantize.search import Search, try_attention
+from pocketsam.quantize.stage import Preparation, Stage
 from pocketsam.remembered import Remembered
 from pocketsam.runtime import Runtime
 from pocketsam.specs import CLICK_GRAPHS
@@ -43,49 +42,6 @@ CLICK_IMAGES = 3
 DECODER_GAIN = 1.2
 # Recipes whose weights are rounded to a grid known beforehand.
 CORRECTED = ("int8", "int8-weights")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What the pipeline hands over.
-
-    Attributes:
-        module: (graph, format) -> the torch module that the fp32 artifact was made from.
-        reference: PyTorch in fp32.
-        images: uint8 (H, W, 3) RGB that judge the result.
-        gate: least mean agreement; None for the default of the recipe.
-        seconds: bound of each search; 0 for none.
-        kept: artifacts of the bundle that is already there, reused if their key is the same.
-        bring: brings such an artifact over and describes the file that is there; None if its file is damaged.
-    """
-
-    module: Callable[[str, str], Any]
-    reference: Runtime
-    images: Sequence[Rgb]
-    calibration: CalibrationSet
-    gate: float | None
-    seconds: float
-    kept: Sequence[Artifact]
-    bring: Callable[[Artifact], Artifact | None]
-    report: Callable[[str], None]
-
-
-class Preparation:
-    """Encoders with rounded weights and corrected biases, made once for all formats that share a grid."""
-
-    def __init__(self, stage: Stage, bundle: Bundle) -> None:
-        self.stage, self.spec = stage, bundle.spec
-        self._known: dict[tuple[Grid, bool], Prepared] = {}
-
-    def encoder(self, format_: str, grid: Grid, activations: bool) -> Prepared:
-        """The encoder on a grid, with 8-bit activations or float ones."""
-        key = grid, activations
-        if key not in self._known:
-            self.stage.report(f"rounding weights ({grid} grid) and correcting biases on "
-                              f"{len(self.stage.calibration.images)} images")
-            images = list(self.stage.calibration.encoder_inputs(self.spec))
-            self._known[key] = prepare(self.stage.module("encoder", format_), images, grid, activations)
-        return self._known[key]
 
 
 class Pair:
@@ -126,6 +82,7 @@ class Pair:
         Raises:
             ParityError: the gate is out of reach.
             UnsupportedModel: the format's tool refuses the model.
+            BundleError: the engine refuses what the tool made of the encoder.
         """
         key = self._key()
         if self.old and all(a.key == key for a in self.old) and (kept := self.earlier()):
@@ -159,7 +116,7 @@ class Pair:
         if not rows_of_clicks:
             return []
         pair = replace(self.bundle, artifacts=(*rows, *rows_of_clicks))
-        candidate = Predictor(open_bundle(pair, self.runtime, self.recipe, THREADS))
+        candidate = Predictor(self._runtime(pair, self.recipe))
         measured = compare_clicks(Predictor(self.reference), candidate, self.stage.images[:CLICK_IMAGES]).summary()
         return [replace(a, measured={"runtime": self.runtime, **measured}) for a in rows_of_clicks]
 
@@ -183,7 +140,7 @@ class Pair:
             remove(path)
             self._write(tool, path, keep | fixed)
             row = self._row("encoder", path, key)
-            return agreement(self.reference, self._open(row, decoder), images).summary()
+            return self._agreement(row, decoder, images)
 
         def ratio() -> float | None:
             return self._ratio("encoder", self._row("encoder", path, key), decoder)
@@ -214,14 +171,14 @@ class Pair:
         except UnsupportedModel as e:
             return fp32, str(e), None, measured
         self.stage.report(f"quantizing {self.format} decoder, {self.recipe}")
-        self._write(tool, path, frozenset())
-        row = self._row("decoder", path, key)
         try:
-            both = agreement(self.reference, self._open(encoder, row), self.stage.images).summary()
+            self._write(tool, path, frozenset())
+            row = self._row("decoder", path, key)
+            both = self._agreement(encoder, row, self.stage.images)
             ratio = self._ratio("decoder", encoder, row)
-        except BundleError as e:
+        except (UnsupportedModel, BundleError) as e:
             remove(path)
-            return fp32, f"the engine refuses its int8 form: {e}", None, measured
+            return fp32, f"its int8 form is refused: {e}", None, measured
         if not both["all"]["mean"] >= self.gate:
             remove(path)
             return fp32, f"its int8 form gives a mean mask IoU of {both['all']['mean']:.4f}", ratio, measured
@@ -262,13 +219,26 @@ class Pair:
         return Job(graph_spec, source, self.stage.module(graph, self.format), self.recipe, inputs, THREADS)
 
     def _open(self, encoder: Artifact, decoder: Artifact) -> Runtime:
-        return open_bundle(replace(self.bundle, artifacts=(encoder, decoder)), self.runtime, self.recipe, THREADS)
+        return self._runtime(replace(self.bundle, artifacts=(encoder, decoder)), self.recipe)
+
+    def _runtime(self, bundle: Bundle, precision: str) -> Runtime:
+        compute = registry.EXACT_COMPUTE.get(self.runtime)
+        return open_bundle(bundle, self.runtime, precision, THREADS, compute)
+
+    def _agreement(self, encoder: Artifact, decoder: Artifact, images: Sequence[Rgb]) -> dict[str, Any]:
+        try:
+            return agreement(self.reference, self._open(encoder, decoder), images).summary()
+        except (PocketSamError, OSError, MemoryError):
+            raise
+        except Exception as e:  # engines raise classes of their own for a graph that opens and does not run
+            raise BundleError(f"{self.runtime} cannot run the {self.recipe} graphs ({first_line(e)}); choose other "
+                              "formats or precisions.") from e
 
     def _ratio(self, graph: str, encoder: Artifact, decoder: Artifact) -> float | None:
         if not self.timed:
             return None
         int8 = graph_calls(self._open(encoder, decoder))[graph]
-        fp32 = graph_calls(open_bundle(self.bundle, self.runtime, "fp32", THREADS))[graph]
+        fp32 = graph_calls(self._runtime(self.bundle, "fp32"))[graph]
         return time_ratio(int8, fp32)
 
     def _path(self, graph: str) -> Path:

@@ -110,7 +110,7 @@ def measure(bundle: Bundle, reference: Predictor, recipes: Sequence[str], pack: 
     for runtime, format_ in RUNTIME_FORMATS.items():
         for recipe in recipes:
             held = {a.graph: a for a in bundle.artifacts if (a.format, a.precision) == (format_, recipe)}
-            if len(held) < 2:
+            if not {"encoder", "decoder"} <= held.keys():
                 continue
             report(f"measuring {format_} {recipe} on {pack or 'the shipped photos'}")
             candidate = Predictor(open_bundle(bundle, runtime, recipe))

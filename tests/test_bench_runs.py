@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import pytest
 from pocketsam.benchmarks import accuracy, latency, processes, roofline
 from pocketsam.benchmarks.accuracy import agreement
 from pocketsam.benchmarks.latency import Measured, Plan
-from pocketsam.benchmarks.results import read, write
-from pocketsam.benchmarks.run import Options, _add_agreement, check_counts, run
+from pocketsam.benchmarks.results import commit, read, write
+from pocketsam.benchmarks.run import Options, _add_agreement, _add_work, check_counts, run
 from pocketsam.benchmarks.targets import Target
 from pocketsam.bundle import read_bundle
 from pocketsam.errors import BenchmarkError, MissingDependency, UsageError
@@ -91,6 +92,32 @@ def test_a_worker_that_is_killed_between_its_turns_leaves_the_run(toy_bundle: Pa
     finally:
         for worker in workers.values():
             worker.close()
+
+
+def test_recipes_with_float_products_have_the_floor_of_float(toy_bundle: Path) -> None:
+    bundle = read_bundle(toy_bundle)
+    ceiling = roofline.Ceiling(gemm_fp32=1e9, gemm_int8=4e9, bandwidth=1e15, threads=1)
+    floors = {}
+    for recipe in ("int8", "int8-dynamic", "int8-weights"):
+        named = replace(bundle, artifacts=tuple(replace(a, precision=recipe) for a in bundle.artifacts))
+        row: dict[str, Any] = {"precision": recipe, "compute": "", "format": "onnx", "encoder": {"p50_ms": 1.0},
+                               "decoder": {"p50_ms": 1.0}}
+        _add_work(named, row, ceiling)
+        floors[recipe] = row["encoder"]["floor"]["ms"]
+    assert floors["int8"] == floors["int8-dynamic"] < floors["int8-weights"]
+
+
+def test_a_copy_inside_another_repository_names_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    who = ["-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    copy = tmp_path / ".venv/pocketsam/benchmarks/results.py"
+    copy.parent.mkdir(parents=True)
+    copy.write_text("")
+    monkeypatch.setattr("pocketsam.benchmarks.results.__file__", str(copy))
+    assert commit() == ""
+    subprocess.run(["git", "add", "-f", copy], cwd=tmp_path, check=True)
+    assert len(commit()) >= 12
 
 
 def test_each_cold_start_meets_empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pocketsam
 from pocketsam.bundle import MANIFEST, read_bundle
 from pocketsam.errors import BundleError, UnknownName
+from pocketsam.everything import Settings, segment_everything
 from pocketsam.models.catalog import SPECS
 from pocketsam.specs import CLICK_GRAPHS, ModelSpec
 
@@ -130,3 +132,13 @@ def test_wrong_graph_in_the_right_place(bundle: Path) -> None:
 def test_unknown_precision(bundle: Path) -> None:
     with pytest.raises(UnknownName, match="fp32"):
         pocketsam.load(bundle, precision="fp23")
+
+
+def test_the_program_may_change_its_folder(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Some graphs are opened when they are first asked for."""
+    monkeypatch.chdir(toy_bundle.parent)
+    sam = pocketsam.load(toy_bundle.name, runtime="onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    sam.set_image(np.zeros((40, 60, 3), np.uint8))
+    assert len(sam.predict_boxes([(1, 1, 20, 20), (5, 5, 30, 30)]).masks) == 2
+    assert segment_everything(sam, np.zeros((40, 60, 3), np.uint8), Settings(points_per_side=2)) is not None

@@ -14,7 +14,8 @@ import torch
 
 import pocketsam
 from pocketsam.bundle import MANIFEST, Bundle, read_bundle, to_json
-from pocketsam.errors import OutputError, ParityError
+from pocketsam.errors import OutputError, ParityError, UsageError
+from pocketsam.export import pipeline
 from pocketsam.photos import photo_paths
 from pocketsam.specs import CLICK_GRAPHS
 
@@ -150,3 +151,46 @@ def test_a_bundle_with_the_name_of_its_model(cli: Run, toy_bundle: Path, toy_che
     monkeypatch.chdir(tmp_path)
     got = cli("verify", "toy_sam", "--checkpoint", toy_checkpoint)
     assert got.code == 0, got.err
+
+
+def test_a_place_that_changed_meanwhile_is_not_replaced(bundle: Path, toy_checkpoint: Path, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another export finished, or someone put a file into an empty folder."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    prove = pipeline._prove
+    for out, change in ((bundle, lambda: (bundle / MANIFEST).write_text((bundle / MANIFEST).read_text() + " ")),
+                        (empty, lambda: (empty / "mine").write_text("mine"))):
+        def meanwhile(*args: Any, change: Callable[[], object] = change) -> Bundle:
+            change()
+            return prove(*args)
+
+        monkeypatch.setattr(pipeline, "_prove", meanwhile)
+        with pytest.raises(OutputError, match="was changed while this export ran"):
+            pocketsam.export("toy_sam", checkpoint=toy_checkpoint, out=out, images=photo_paths()[:1], clicks=False)
+    assert (bundle / MANIFEST).read_text().endswith(" ")
+    assert [p.name for p in empty.iterdir()] == ["mine"]
+
+
+def test_a_damaged_artifact_of_another_format_is_not_dropped(bundle: Path, toy_checkpoint: Path) -> None:
+    again = {"checkpoint": toy_checkpoint, "out": bundle, "images": photo_paths()[:1], "clicks": False}
+    made = pocketsam.export("toy_sam", formats=["openvino"], **again)
+    weights = bundle / made.find("openvino", "fp32", "decoder").path / "openvino.bin"
+    weights = next((weights.parent).glob("*.bin"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    before = files(bundle)
+    with pytest.raises(OutputError, match=r"openvino/decoder.* missing or damaged .* export openvino fp32 anew"):
+        pocketsam.export("toy_sam", formats=["onnx"], **again)
+    assert files(bundle) == before
+    made = pocketsam.export("toy_sam", formats=["onnx", "openvino"], **again)
+    assert pocketsam.load(bundle, runtime="openvino").info()["precision"] == "fp32"
+
+
+def test_an_export_is_proven_in_f32_whatever_is_asked_elsewhere(toy_checkpoint: Path, tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POCKETSAM_OPENVINO_PRECISION", "none")
+    made = pocketsam.export("toy_sam", checkpoint=toy_checkpoint, formats=["openvino"], precisions=["fp32", "int8"],
+                            out=tmp_path / "b", clicks=False, **FEW)
+    assert {a.precision for a in made.artifacts} == {"fp32", "int8"}
+    with pytest.raises(UsageError, match="inference precision 'none' is unknown"):
+        pocketsam.load(tmp_path / "b", runtime="openvino")

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pocketsam.errors import OutputError
-from pocketsam.files import staged_file, staged_folder
+import pocketsam
+from pocketsam.bundle import read_bundle
+from pocketsam.commands.console import images_in
+from pocketsam.errors import BundleError, OutputError, UnknownName, UsageError
+from pocketsam.files import check_writable, staged_file, staged_folder
+from pocketsam.folders import check_output
 
 FOLDER = "result"
 
@@ -98,3 +102,31 @@ def test_the_longest_names_can_be_written(tmp_path: Path) -> None:
     with staged_file(path) as staged:
         staged.write_text("x")
     assert path.read_text() == "x"
+
+
+def test_names_that_are_too_long_are_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 300)
+    for write in (staged_file, staged_folder):
+        with pytest.raises(OutputError, match="File name too long"), write(path):
+            pass
+    with pytest.raises(OutputError, match="File name too long"):
+        check_writable(path)
+    with pytest.raises(OutputError, match="File name too long"):
+        check_output(path)
+    with pytest.raises(BundleError, match=r"File name too long|does not exist"):
+        read_bundle(path)
+    with pytest.raises(UsageError, match=r"File name too long|is not a folder"):
+        images_in(path)
+    with pytest.raises(UnknownName, match="unknown model"):
+        pocketsam.load("x" * 300)
+
+
+def test_a_place_that_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    check_writable(tmp_path / "mine")
+    check_writable(tmp_path / "new/folder/file.json")
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+    with pytest.raises(OutputError, match="is no folder"):
+        check_writable(tmp_path / "mine/file.json")
+    with pytest.raises(OutputError, match="which is a folder"):
+        check_writable(tmp_path)

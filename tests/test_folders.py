@@ -101,6 +101,41 @@ def test_resuming_and_shards(cli: Run, photos: Path, toy_bundle: Path, tmp_path:
     assert "other settings" in " ".join(refused.err.split())
 
 
+def test_overlays_that_are_asked_for_later_are_drawn_from_the_labels(cli: Run, photos: Path, toy_bundle: Path,
+                                                                     tmp_path: Path) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    first = everything(cli, photos, out, toy_bundle, "--no-overlays")
+    assert "and overlays in" not in " ".join(first.out.split())
+    before = {p: p.stat().st_mtime_ns for p in (out / "labels").iterdir()}
+    outcome = everything(cli, photos, out, toy_bundle)
+    assert "labels and overlays in" in " ".join(outcome.out.split())
+    assert {p: p.stat().st_mtime_ns for p in (out / "labels").iterdir()} == before
+    everything(cli, photos, whole, toy_bundle)
+    for picture in (whole / "overlays").iterdir():
+        assert (out / "overlays" / picture.name).read_bytes() == picture.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["coco.json", "coco-00000-of-00001.json", "labels/mine.json"])
+def test_annotations_of_a_dataset_are_not_replaced(cli: Run, photos: Path, toy_bundle: Path, name: str) -> None:
+    mine = photos / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    outcome = everything(cli, photos, photos, toy_bundle, "--shard", "1")
+    assert outcome.code == 2
+    assert f"holds {name} and no job.json" in " ".join(outcome.err.split())
+    assert mine.read_text() == "mine"
+    assert not (photos / "job.json").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", "null", '{"image": []}'])
+def test_a_damaged_label_is_made_again(photos: Path, toy_bundle: Path, tmp_path: Path, text: str) -> None:
+    job, photo = job_of(toy_bundle, tmp_path / "out"), photos / "p0.png"
+    job.label(photo).parent.mkdir(parents=True)
+    job.label(photo).write_text(text)
+    assert not job.holds(photo)
+    assert job.labelled(photo) is None
+
+
 def test_a_changed_photo_is_done_again(cli: Run, photos: Path, toy_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert everything(cli, photos, out, toy_bundle).code == 0
@@ -167,6 +202,19 @@ def test_a_damaged_embedding_is_made_again(photos: Path, toy_bundle: Path, tmp_p
     again = embed(sam, rgb, tmp_path / "cache")
     assert np.array_equal(again.features["image_embeddings"], made.features["image_embeddings"])
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(("name", "value"), [("precision", "int8"), ("runtime", "litert")])
+def test_embeddings_of_another_encoder_are_not_taken(photos: Path, toy_bundle: Path, tmp_path: Path, name: str,
+                                                     value: str) -> None:
+    sam, rgb, cache = job_of(toy_bundle, tmp_path).open(), load_rgb(photos / "p0.png"), tmp_path / "cache"
+    embed(sam, rgb, cache)
+    embed(sam, rgb, cache)
+    assert len(list(cache.iterdir())) == 1
+    info = {**sam.runtime.info(), name: value}
+    sam.runtime.info = lambda: info
+    embed(sam, rgb, cache)
+    assert len(list(cache.iterdir())) == 2
 
 
 def test_unreadable_photos_are_named_and_counted(cli: Run, photos: Path, toy_bundle: Path, tmp_path: Path) -> None:

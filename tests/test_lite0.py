@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pocketsam.errors import CheckpointError
 from pocketsam.models.lite0 import MEAN, SPEC, STAGES, STD, Trunk, lite0
 from pocketsam.models.sam import SegmentAnything
 from pocketsam.training.convert_trunk import SOURCE_EPS, convert_trunk, load_trunk, remap
@@ -97,5 +98,5 @@ def test_conversion_writes_a_file_that_loads_strictly(tmp_path: Path) -> None:
     torch.save(published_state(), tmp_path / "published.pth")
     convert_trunk(tmp_path / "published.pth", tmp_path / "trunk.safetensors")
     load_trunk(Trunk(), load_file(tmp_path / "trunk.safetensors"))
-    with pytest.raises(ValueError, match="not a trunk"):
+    with pytest.raises(CheckpointError, match="not a trunk"):
         load_trunk(Trunk(), {"other": torch.zeros(1)})

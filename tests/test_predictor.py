@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 import pocketsam
@@ -112,6 +114,11 @@ def test_embedding_of_another_model_is_refused(sam: Predictor, tmp_path: Path) -
         other.save(tmp_path / f"{name}.npz")
         with pytest.raises(EmbeddingError, match="was made by"):
             sam.set_embedding(tmp_path / f"{name}.npz")
+    other = replace(embedding, image_size=2 * embedding.image_size)
+    other.save(tmp_path / "side.npz")
+    for given in (other, tmp_path / "side.npz"):
+        with pytest.raises(EmbeddingError, match="input side"):
+            sam.set_embedding(given)
     data = (tmp_path / "model.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(data[: len(data) // 2])
     with pytest.raises(EmbeddingError, match="cannot be used"):
@@ -153,6 +160,20 @@ def test_prompt_without_image(toy_bundle: Path) -> None:
         pocketsam.load(toy_bundle).predict(points=[(1, 1)])
 
 
+def write_tiff(path: Path, values: NDArray[np.int64], kind: str, head: bytes) -> Path:
+    """16-bit grey, uncompressed; Pillow writes its own byte order only."""
+    end, data = kind[0], values.astype(kind).tobytes()
+    height, width = values.shape
+    entries = [(256, 3, width), (257, 3, height), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1),
+               (278, 3, height), (279, 4, len(data))]
+    fields = b"".join(struct.pack(f"{end}HHI", tag, form, 1) + struct.pack(f"{end}{'HH' if form == 3 else 'I'}",
+                                                                       *([value, 0] if form == 3 else [value]))
+                      for tag, form, value in entries)
+    path.write_bytes(head + struct.pack(f"{end}I", 8 + len(data)) + data + struct.pack(f"{end}H", len(entries)) + fields
+                     + bytes(4))
+    return path
+
+
 def test_image_modes_look_as_in_a_viewer(tmp_path: Path) -> None:
     grey = (np.arange(64, dtype=np.uint8) * 4).reshape(8, 8)
     rgb = np.stack([grey, grey.T, 255 - grey], axis=-1)
@@ -160,6 +181,13 @@ def test_image_modes_look_as_in_a_viewer(tmp_path: Path) -> None:
     wide = Image.fromarray(grey.astype(np.uint16) * 257)
     wide.save(tmp_path / "wide.png")
     assert np.array_equal(load_rgb(tmp_path / "wide.png"), np.stack([grey] * 3, -1))
+    # The same dark picture in either byte order.
+    dark = np.full((8, 8), 200)
+    order = {"<u2": b"II*\0", ">u2": b"MM\0*"}
+    pictures = [load_rgb(write_tiff(tmp_path / f"{i}.tif", dark, kind, head))
+                for i, (kind, head) in enumerate(order.items())]
+    assert (pictures[0] == 1).all()
+    assert np.array_equal(*pictures)
     palette = Image.fromarray(rgb).quantize(64)
     assert np.array_equal(load_rgb(palette), np.asarray(palette.convert("RGB")))
     half = np.dstack([rgb, np.full((8, 8), 128, np.uint8)])

@@ -165,6 +165,18 @@ def test_instances(cli: Run, toy_bundle: Path, detections: tuple[Path, Path, Pat
     assert "is not an image" in " ".join(outcome.err.split())
 
 
+def test_where_results_go_is_looked_at_first(cli: Run, toy_bundle: Path, detections: tuple[Path, Path, Path],
+                                             tmp_path: Path) -> None:
+    photos, coco, _ = detections
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path, tmp_path / "file/masks.json"):
+        for call in (("instances", photos, "--boxes", coco), ("proposals", photos / "000000000001.jpg"),
+                     ("edges", photos / "000000000001.jpg")):
+            outcome = cli(*call, "-o", out, "--bundle", toy_bundle / "missing")
+            assert outcome.code == 2
+            assert f"cannot write {out}" in " ".join(outcome.err.split()), "the place, before the model is opened"
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '[{"image_id": 1}]', '[{"image_id": 1, "bbox": [1, 2, 0, 4]}]',
                                   '[{"image_id": 1, "bbox": [1, 2, NaN, 4]}]', '[{"image_id": 1, "bbox": "x"}]',
                                   "[" * 100_000, f'[{{"image_id": 1, "bbox": [1, 2, {"9" * 400}, 4]}}]'])

@@ -65,6 +65,22 @@ def test_an_interrupted_teacher_continues(teacher: Predictor, drawn_pack: Path, 
     np.testing.assert_array_equal(again[2:], whole[2:])
 
 
+def test_a_description_without_its_file_counts_nothing_as_done(teacher: Predictor, drawn_pack: Path, tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "taught.npy"
+    teach(teacher, [drawn_pack], out, 16)
+    out.unlink()
+
+    def stop(image: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(teacher, "embed", stop)
+    with pytest.raises(KeyboardInterrupt):
+        teach(teacher, [drawn_pack], out, 16)
+    with pytest.raises(EmbeddingError, match="0 of 6 photos"):
+        open_taught(out, [drawn_pack])
+
+
 def test_other_packs_and_sides_are_refused(teacher: Predictor, drawn_pack: Path, tmp_path: Path) -> None:
     out = tmp_path / "taught.npy"
     with pytest.raises(ValueError, match="side 32, which 24"):

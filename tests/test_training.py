@@ -16,6 +16,7 @@ import pytest
 import torch
 from drawn import PLAIN, SIZE, generator, toy, write_pack
 from PIL import Image
+from safetensors.torch import save_file
 
 import pocketsam.training.fit as training_fit
 from pocketsam.errors import UsageError
@@ -274,3 +275,47 @@ def test_processes_average_gradients_and_clock(tmp_path: Path) -> None:
         assert seconds == 5.0
         assert weight.tolist() == [[0.5, 0.5]]
         assert bias.tolist() == [2.0]
+
+
+FAILING = """
+import sys
+from pocketsam.errors import LabelError
+from pocketsam.training.parallel import rank, spawn
+
+def work():
+    if rank() == 1:
+        raise LabelError("no regions.")
+
+if __name__ == "__main__":
+    try:
+        spawn(2, work)
+    except LabelError as e:
+        sys.exit(f"named: {e}")
+"""
+
+
+def test_an_error_of_a_process_comes_back_as_itself(tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    got = subprocess.run([sys.executable, str(script)], capture_output=True, encoding="utf-8", timeout=120)
+    assert got.stderr.splitlines()[-1] == "named: no regions.", got.stderr
+
+
+def test_weights_that_cannot_be_used_are_one_sentence(drawn_pack: Path, tmp_path: Path,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(1)}, other)
+    (tmp_path / "run").mkdir()
+    out = str(tmp_path / "out")
+    fit = ("fit", "--data", str(drawn_pack), "--out", out)
+    for call, words in ((("ship", str(tmp_path / "none"), out), "holds no run"),
+                        (("ship", str(tmp_path / "run"), out), "holds no run"),
+                        (("evaluate", str(other), "--data", str(drawn_pack)), "does not hold lite0"),
+                        (("evaluate", str(tmp_path / "none.safetensors"), "--data", str(drawn_pack)), "does not exist"),
+                        ((*fit, "--initial", str(other)), "does not hold lite0"),
+                        ((*fit, "--trunk", str(other)), "not a trunk of lite0")):
+        with pytest.raises(SystemExit) as stopped:
+            main(call)
+        assert stopped.value.code == 2
+        assert words in capsys.readouterr().err
+    assert not Path(out).exists()

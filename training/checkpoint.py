@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pocketsam.errors import UsageError
 from pocketsam.files import staged_file
@@ -34,18 +35,35 @@ def write_checkpoint(out: Path, state: Mapping[str, Any], plan: Mapping[str, Any
         torch.save({**state, "plan": dict(plan)}, staged)
 
 
+def averaged_state(out: Path) -> dict[str, Tensor]:
+    """The weight average of a run, on the CPU.
+
+    Raises:
+        UsageError: the folder holds no run, or a damaged one.
+    """
+    if not (out / CHECKPOINT).is_file():
+        raise UsageError(f"{out} holds no run: it has no {CHECKPOINT}.")
+    state = _load(out / CHECKPOINT, torch.device("cpu"))
+    if not isinstance(average := state.get("ema"), dict):
+        raise UsageError(f"{out / CHECKPOINT} holds no averaged weights; choose the folder of a run of `fit`.")
+    return average
+
+
+def _load(path: Path, place: torch.device) -> dict[str, Any]:
+    try:
+        return dict(torch.load(path, map_location=place, weights_only=True))
+    except (OSError, EOFError, RuntimeError, ValueError, TypeError, pickle.UnpicklingError) as e:
+        raise UsageError(f"{path} cannot be read ({first_line(e)}); if it is damaged, remove it to begin again, or "
+                         "choose another folder.") from e
+
+
 def read_checkpoint(out: Path, plan: Mapping[str, Any], place: torch.device) -> dict[str, Any]:
     """The state of a run that was begun with the same plan.
 
     Raises:
         UsageError: damaged, begun with another, or by an earlier version, which did not record it.
     """
-    path = out / CHECKPOINT
-    try:
-        state: dict[str, Any] = dict(torch.load(path, map_location=place, weights_only=True))
-    except (OSError, EOFError, RuntimeError, ValueError, TypeError, pickle.UnpicklingError) as e:
-        raise UsageError(f"{path} cannot be read ({first_line(e)}); if it is damaged, remove it to begin again, or "
-                         "choose another folder.") from e
+    state = _load(out / CHECKPOINT, place)
     begun = state.pop("plan", None)
     advice = f"choose another folder (--initial {out} starts from its weights)."
     if begun is None:

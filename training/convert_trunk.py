@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pocketsam.errors import CheckpointError
 from pocketsam.models.lite0 import MEAN, STAGES, STD, Trunk
 
 SOURCE_MEAN, SOURCE_STD, SOURCE_EPS = 127.0, 128.0, 1e-3
@@ -37,12 +38,13 @@ def load_trunk(trunk: Trunk, state: dict[str, Tensor]) -> None:
     """Fill a trunk strictly; only BatchNorm step counters may be missing.
 
     Raises:
-        ValueError: keys of something else.
+        CheckpointError: keys of something else.
     """
     result = trunk.load_state_dict(state, strict=False)
     wrong = [k for k in (*result.missing_keys, *result.unexpected_keys) if not k.endswith("num_batches_tracked")]
     if wrong:
-        raise ValueError(f"not a trunk of lite0: {len(wrong)} keys are missing or unknown, first {wrong[0]!r}")
+        raise CheckpointError(f"not a trunk of lite0: {len(wrong)} keys are missing or unknown, first {wrong[0]!r}; "
+                              "pass what convert-trunk wrote.")
 
 
 def remap(state: dict[str, Tensor]) -> dict[str, Tensor]:

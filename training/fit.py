@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from pocketsam.doctor import machine
 from pocketsam.labelled import identity
 from pocketsam.models.lite0 import LiteEncoder, lite0
-from pocketsam.models.loading import load_model
+from pocketsam.models.loading import load_model, read_state_dict
 from pocketsam.models.mask_decoder import TwoWayBlock
 from pocketsam.models.sam import SegmentAnything
 from pocketsam.training.checkpoint import CHECKPOINT, plan_of, read_checkpoint
@@ -75,7 +74,7 @@ class Start:
         align_attention(model)
         encoder = model.image_encoder
         if self.trunk is not None and isinstance(encoder, LiteEncoder):
-            load_trunk(encoder.trunk, load_file(self.trunk))
+            load_trunk(encoder.trunk, read_state_dict(self.trunk))
         return model
 
 
@@ -119,6 +118,7 @@ def fit(data: Sequence[Path], out: Path, preset: str, minutes: float, *, trunk: 
 
     Raises:
         UsageError: the run in ``out`` was begun by another call.
+        CheckpointError: weights to start from or to learn from cannot be read, or are another model's.
         EmbeddingError: the stored embeddings are not those of the packs.
         LabelError: a pack cannot be used.
     """
@@ -129,6 +129,8 @@ def fit(data: Sequence[Path], out: Path, preset: str, minutes: float, *, trunk: 
     call = {"preset": preset, "data": [identity(path) for path in data], "trunk": str(trunk), "initial": str(initial),
             "teacher": str(teaching), "propose": str(proposer)}
     # Before minutes of decoding.
+    start = Start(initial, trunk)
+    start.model(seed)
     if (out / CHECKPOINT).is_file():
         read_checkpoint(out, plan_of(asdict(recipe), call), torch.device("cpu"))
     if isinstance(teaching, Stored):
@@ -138,7 +140,7 @@ def fit(data: Sequence[Path], out: Path, preset: str, minutes: float, *, trunk: 
         cache = propose(load_model(*proposer).to(device), cache, computes_bf16(device))
         layers, images = sum(map(len, cache.proposed)), sum(map(bool, cache.proposed))
         print(f"{layers} layers proposed for {images} images", flush=True)
-    spawn(chosen.processes, _train, cache, recipe, out, Start(initial, trunk), device, teaching, data,
+    spawn(chosen.processes, _train, cache, recipe, out, start, device, teaching, data,
           call, stop_after)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,27 +11,45 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.multiprocessing.spawn import ProcessException
 from torch.multiprocessing.spawn import spawn as spawn_processes
+
+from pocketsam.errors import PocketSamError
+from pocketsam.files import staged_file
 
 
 def spawn(processes: int, work: Callable[..., None], *args: Any) -> None:
     """Run ``work(*args)`` in this process, or in several joined by the gloo backend, one thread each.
 
     Tensors in ``args`` are shared between the processes, not copied.
+
+    Raises:
+        PocketSamError: what the work raised.
     """
     if processes == 1:
         work(*args)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        meeting = (Path(folder) / "meeting").as_uri()
-        spawn_processes(_join, (processes, meeting, work, args), nprocs=processes)  # type: ignore[no-untyped-call]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            spawn_processes(_join, (processes, folder, work, args), nprocs=processes)  # type: ignore[no-untyped-call]
+        except ProcessException:
+            # Said in one sentence where it was one; torch would wrap it in the text of a traceback.
+            for problem in folder.glob("problem.*"):
+                raise pickle.loads(problem.read_bytes()) from None
+            raise
 
 
-def _join(index: int, processes: int, meeting: str, work: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _join(index: int, processes: int, folder: Path, work: Callable[..., None], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    meeting = (folder / "meeting").as_uri()
     dist.init_process_group("gloo", init_method=meeting, rank=index, world_size=processes)
     try:
         work(*args)
+    except PocketSamError as e:
+        with staged_file(folder / f"problem.{index}") as staged:
+            staged.write_bytes(pickle.dumps(e))
+        raise
     finally:
         dist.destroy_process_group()
 

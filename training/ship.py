@@ -5,30 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from pocketsam.errors import CheckpointError
 from pocketsam.models.lite0 import lite0
-from pocketsam.models.loading import COUNTERS
+from pocketsam.models.loading import COUNTERS, read_state_dict
 from pocketsam.models.sam import SegmentAnything
-from pocketsam.training.checkpoint import CHECKPOINT
-
-
-def averaged_state(run: Path) -> dict[str, Tensor]:
-    """The weight average in a run's checkpoint, on the CPU."""
-    state: dict[str, Tensor] = torch.load(run / CHECKPOINT, map_location="cpu", weights_only=True)["ema"]
-    return state
+from pocketsam.training.checkpoint import averaged_state
 
 
 def load_weights(path: Path) -> SegmentAnything:
-    """lite0 from a run folder or from a ``.safetensors`` file, in fp32 and evaluation mode."""
-    state = averaged_state(path) if path.is_dir() else load_file(path)
+    """lite0 from a run folder or from a ``.safetensors`` file, in fp32 and evaluation mode.
+
+    Raises:
+        UsageError: the folder holds no run.
+        CheckpointError: the file cannot be read, or the weights are not lite0's.
+    """
+    state = averaged_state(path) if path.is_dir() else read_state_dict(path)
     model = lite0()
     floats = {k: v.float() for k, v in state.items() if not k.endswith(COUNTERS)}
     missing, unexpected = model.load_state_dict(floats, strict=False)
     wrong = [k for k in (*missing, *unexpected) if not k.endswith(COUNTERS)]
     if wrong:
-        raise ValueError(f"{path} does not hold lite0: {len(wrong)} keys are missing or unknown, first {wrong[0]!r}")
+        raise CheckpointError(f"{path} does not hold lite0: {len(wrong)} keys are missing or unknown, first "
+                              f"{wrong[0]!r}.")
     return model.eval()
 
 

@@ -71,6 +71,9 @@ def teach(teacher: Predictor, packs: Sequence[Path], out: Path, side: int) -> Ta
     done = _done(out, plan)
     shape = (photos, teacher.spec.embed_dim, side, side)
     out.parent.mkdir(parents=True, exist_ok=True)
+    if not done:
+        # A description without its file must not speak of the one that begins.
+        _describe(out, plan, 0)
     rows = np.lib.format.open_memmap(out, "r+" if done else "w+", np.float16, shape)
     stored = (x for path in packs for x in read_stored(path))
     for i, photo in enumerate(stored):
@@ -81,10 +84,14 @@ def teach(teacher: Predictor, packs: Sequence[Path], out: Path, side: int) -> Ta
         if (i + 1) % SAVE_EVERY == 0 or i + 1 == photos:
             rows.flush()
             done = i + 1
-            with staged_file(_beside(out)) as staged:
-                staged.write_text(json.dumps(asdict(plan) | {"done": done}), encoding="utf-8")
+            _describe(out, plan, done)
             print(f"{done} of {photos}", flush=True)
     return read_taught(out)
+
+
+def _describe(out: Path, plan: Taught, done: int) -> None:
+    with staged_file(_beside(out)) as staged:
+        staged.write_text(json.dumps(asdict(plan) | {"done": done}), encoding="utf-8")
 
 
 def read_taught(path: Path) -> Taught:

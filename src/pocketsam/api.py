@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from pocketsam import registry
 from pocketsam.builtin import BUILTIN_MODEL, checkpoint_for
 from pocketsam.bundle import MANIFEST, Bundle, read_bundle
 from pocketsam.errors import UsageError
+from pocketsam.files import is_there
 from pocketsam.predictor import Predictor
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def load(source: str | Path = BUILTIN_MODEL, *, runtime: str = "auto", checkpoin
         registry.check("runtime", runtime)
     name = str(source)
     # A folder may have a model's name; PyTorch takes no bundle.
-    is_bundle = (Path(source) / MANIFEST).is_file() and not (runtime == "pytorch" and name in registry.MODELS)
+    is_bundle = is_there(Path(source) / MANIFEST) and not (runtime == "pytorch" and name in registry.MODELS)
     if not is_bundle and (name in registry.MODELS or _looks_like_a_name(source)):
         registry.check("model", name)
         if compute is not None:
@@ -58,12 +60,14 @@ def load(source: str | Path = BUILTIN_MODEL, *, runtime: str = "auto", checkpoin
 
 def _looks_like_a_name(source: str | Path) -> bool:
     """A bare word that is no path here: most likely a misspelt model."""
-    return not Path(source).exists() and Path(source).name == str(source) and "." not in str(source)
+    return not is_there(Path(source)) and Path(source).name == str(source) and "." not in str(source)
 
 
 def open_bundle(bundle: Bundle, runtime: str = "auto", precision: str = "fp32",
                 threads: int | None = None, compute: str | None = None) -> Runtime:
     """Open the artifacts of a bundle in one runtime."""
+    # Some files are opened when they are first asked for, and the program may have changed its folder by then.
+    bundle = replace(bundle, root=bundle.root.absolute())
     if compute is not None and runtime not in registry.RUNTIME_OPTIONS:
         raise UsageError(f"compute={compute!r} is for {' and '.join(registry.RUNTIME_OPTIONS)}, and the runtime is "
                          f"{runtime}; name one of them or leave it out.")

@@ -148,12 +148,15 @@ def read_bundle(root: str | Path) -> Bundle:
     """
     root = Path(root)
     manifest = root / MANIFEST
-    if not root.exists():
-        raise BundleError(f"{root} does not exist; export one with `pocketsam export MODEL --to onnx -o {root}`.")
-    if not manifest.is_file():
-        raise BundleError(f"{root} is not a bundle: it has no {MANIFEST}.")
-    if manifest.stat().st_size > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{manifest} is larger than {MAX_MANIFEST_BYTES // 2**20} MB and was not read.")
+    try:
+        if not root.exists():
+            raise BundleError(f"{root} does not exist; export one with `pocketsam export MODEL --to onnx -o {root}`.")
+        if not manifest.is_file():
+            raise BundleError(f"{root} is not a bundle: it has no {MANIFEST}.")
+        if manifest.stat().st_size > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{manifest} is larger than {MAX_MANIFEST_BYTES // 2**20} MB and was not read.")
+    except OSError as e:
+        raise BundleError(f"{root} cannot be opened ({e.strerror}); check the path.") from e
     try:
         data = json.loads(manifest.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:

@@ -29,6 +29,7 @@ class Embedding:
         model: model name.
         weights_sha256: identity of the weights that made it.
         image_sha256: identity of the image (``pocketsam.images.image_id``).
+        image_size: input side of the model.
     """
 
     features: Features
@@ -36,11 +37,13 @@ class Embedding:
     model: str
     weights_sha256: str
     image_sha256: str
+    image_size: int
 
     def save(self, path: str | Path) -> None:
         """Write an npz file atomically."""
         meta = {"format": FORMAT, "model": self.model, "weights_sha256": self.weights_sha256,
-                "image_sha256": self.image_sha256, "height": self.frame.height, "width": self.frame.width}
+                "image_sha256": self.image_sha256, "image_size": self.image_size,
+                "height": self.frame.height, "width": self.frame.width}
         with staged_file(Path(path)) as staged, staged.open("wb") as f:
             np.savez(f, **{"meta": np.array(json.dumps(meta)), **self.features})  # type: ignore[arg-type]  # numpy stub
 
@@ -57,7 +60,9 @@ def load_embedding(path: str | Path, spec: ModelSpec, weights_sha256: str) -> Em
             meta: dict[str, Any] = json.loads(str(data["meta"]))
             if meta.get("format") != FORMAT:
                 raise ValueError("not a PocketSAM embedding")
-            check_identity(str(path), str(meta["model"]), str(meta["weights_sha256"]), spec, weights_sha256)
+            # Older files do not say their side; their features have the shapes of it.
+            side = int(meta.get("image_size", spec.image_size))
+            check_identity(str(path), str(meta["model"]), str(meta["weights_sha256"]), side, spec, weights_sha256)
             features = {t.name: data[t.name] for t in spec.feature_specs()}
         height, width = int(meta["height"]), int(meta["width"])
         if not (0 < height <= MAX_IMAGE_SIDE and 0 < width <= MAX_IMAGE_SIDE):
@@ -69,13 +74,18 @@ def load_embedding(path: str | Path, spec: ModelSpec, weights_sha256: str) -> Em
         raise
     except Exception as e:  # numpy and zipfile raise a dozen unrelated classes for a damaged file
         raise EmbeddingError(f"{path} cannot be used as an embedding ({e}); embed the image again.") from e
-    return Embedding(features, Frame.of(height, width, spec), spec.name, weights_sha256, str(meta["image_sha256"]))
+    frame = Frame.of(height, width, spec)
+    return Embedding(features, frame, spec.name, weights_sha256, str(meta["image_sha256"]), side)
 
 
-def check_identity(what: str, model: str, weights_sha256: str, spec: ModelSpec, expected_sha256: str) -> None:
-    """Raise EmbeddingError unless model name and weights agree."""
+def check_identity(what: str, model: str, weights_sha256: str, image_size: int, spec: ModelSpec,
+                   expected_sha256: str) -> None:
+    """Raise EmbeddingError unless model name, weights and input side agree."""
     if model != spec.name:
         raise EmbeddingError(f"{what} was made by {model}, this predictor is {spec.name}; embed the image again.")
     if weights_sha256 != expected_sha256:
         raise EmbeddingError(f"{what} was made by {model} with other weights than this predictor's; "
+                             "embed the image again.")
+    if image_size != spec.image_size:
+        raise EmbeddingError(f"{what} was made at the input side {image_size}, this predictor's is {spec.image_size}; "
                              "embed the image again.")

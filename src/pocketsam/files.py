@@ -43,10 +43,8 @@ def staged_file(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the place cannot be written, or is a device or a pipe, which a file would replace.
     """
-    if path.exists() and not path.is_file():
-        raise OutputError(f"cannot write {path}, which is {'a folder' if path.is_dir() else 'no regular file'}; choose "
-                          "another place.")
     with output_errors(path):
+        _check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.stem[:SHOWN]}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
@@ -59,6 +57,27 @@ def staged_file(path: Path) -> Iterator[Path]:
                 Path(name).unlink()
 
 
+def check_writable(path: Path) -> None:
+    """For results that take long: see beforehand that a file can be written; nothing is.
+
+    Raises:
+        OutputError: as far as can be told, the place cannot be written.
+    """
+    with output_errors(path):
+        _check_replaceable(path)
+        nearest = next(p for p in path.absolute().parents if p.exists())
+        if not nearest.is_dir():
+            raise OutputError(f"cannot write {path}, as {nearest} is no folder; choose another place.")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise OutputError(f"cannot write {path}, as nothing can be written into {nearest}; choose another place.")
+
+
+def _check_replaceable(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise OutputError(f"cannot write {path}, which is {'a folder' if path.is_dir() else 'no regular file'}; choose "
+                          "another place.")
+
+
 @contextmanager
 def staged_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` that takes its place on success and vanishes on failure.
@@ -68,10 +87,10 @@ def staged_folder(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the place cannot be written, or is a mount point, which cannot be replaced.
     """
-    path = path.resolve()
-    if path.is_mount():
-        raise OutputError(f"cannot write {path}, which is a mount point; choose a folder inside it.")
     with output_errors(path):
+        path = path.resolve()
+        if path.is_mount():
+            raise OutputError(f"cannot write {path}, which is a mount point; choose a folder inside it.")
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{path.name[:SHOWN]}.", suffix=".partial", dir=path.parent))
     try:
@@ -122,6 +141,14 @@ def sha256_path(path: Path) -> str:
         if file.is_file():
             digest.update(f"{name}\0{sha256_file(file)}\n".encode())
     return digest.hexdigest()
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path exists and may be looked at; a name that is no path is not there."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def size_of(path: Path) -> int:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import time
@@ -66,16 +67,25 @@ class Job:
         """The label file of a photo; the whole file name is kept, so ``a.jpg`` and ``a.png`` do not collide."""
         return self.out / LABELS / f"{photo.name}.json"
 
+    def overlay(self, photo: Path) -> Path:
+        """The overlay picture of a photo."""
+        return self.out / OVERLAYS / f"{photo.name}.png"
+
     def holds(self, photo: Path) -> bool:
-        """Whether a photo is done: its label is there, whole, and was made from the same bytes."""
+        """Whether a photo is done: it is labelled, and its overlay is there if one is wanted."""
+        return (not self.overlays or self.overlay(photo).is_file()) and self.labelled(photo) is not None
+
+    def labelled(self, photo: Path) -> dict[str, Any] | None:
+        """The label of a photo, if it is there, whole, and was made from the same bytes."""
         label = self.label(photo)
         if not label.is_file():
-            return False
+            return None
         try:
-            return bool(read_json(label)["image"].get("file_sha256") == sha256_file(photo))
-        except (LabelError, OSError):
+            data: dict[str, Any] = read_json(label)
+            return data if data["image"]["file_sha256"] == sha256_file(photo) and "annotations" in data else None
+        except (LabelError, OSError, KeyError, TypeError):
             # A damaged label is made again; a photo that cannot be read is named when its turn comes.
-            return False
+            return None
 
 
 @dataclass(frozen=True)
@@ -120,16 +130,28 @@ def prepare(job: Job, sam: Predictor, photos: Sequence[Path]) -> list[Path]:
     Raises:
         LabelError: the folder's ``job.json`` is damaged.
         OutputError: the folder cannot be written.
-        UsageError: it holds the results of other settings, or of another model, input side, precision or runtime.
+        UsageError: it holds the results of other settings, or of another model, input side, precision or runtime, or
+            labels that are no job's.
     """
     path, facts = job.out / JOB, _facts(job, sam)
     if path.is_file():
         _check_same(job.out, read_json(path), facts)
     else:
+        _check_unused(job.out)
         write_json(facts, path)
     with output_errors(job.out):
         (job.out / LABELS).mkdir(exist_ok=True)
     return [p for p in photos if not job.holds(p)]
+
+
+def _check_unused(out: Path) -> None:
+    """Raise UsageError if a folder without a job holds files that would be replaced, a dataset's own perhaps."""
+    with output_errors(out):
+        held = [p for p in out.iterdir() if COCO_FILE.fullmatch(p.name)] if out.is_dir() else []
+        held += (out / LABELS).glob("*.json")
+    if held:
+        raise UsageError(f"{out} holds {held[0].relative_to(out)} and no {JOB}, so no job of PocketSAM made it; choose "
+                         "another folder.")
 
 
 def _facts(job: Job, sam: Predictor) -> dict[str, Any]:
@@ -137,7 +159,11 @@ def _facts(job: Job, sam: Predictor) -> dict[str, Any]:
     info = sam.info()
     return {"settings": {k: v for k, v in job.settings.to_json().items() if k != "batch"},
             "weights_sha256": sam.weights_sha256, "image_size": sam.spec.image_size, "precision": info["precision"],
-            "runtime": info["runtime"], "compute": info.get(RUNTIME_OPTIONS.get(info["runtime"], ""))}
+            "runtime": info["runtime"], "compute": _compute(info)}
+
+
+def _compute(info: dict[str, Any]) -> Any:
+    return info.get(RUNTIME_OPTIONS.get(info["runtime"], ""))
 
 
 def _check_same(out: Path, held: Any, facts: dict[str, Any]) -> None:
@@ -164,20 +190,26 @@ def segment_photo(sam: Predictor, photo: Path, job: Job) -> Done:
         with output_errors(job.label(photo)):
             job.label(photo).unlink(missing_ok=True)
         return Done(photo.name, problem=str(e))
+    if (known := job.labelled(photo)) is not None:
+        save_overlay(overlay(rgb, known["annotations"]), job.overlay(photo))
+        return Done(photo.name, len(known["annotations"]), time.perf_counter() - started)
     records = segment_everything(sam, rgb, job.settings, lambda part: embed(sam, part, job.embeddings))
     data = sa1b(records, photo.name, rgb.shape[0], rgb.shape[1], _number(photo.name))
     data["image"]["file_sha256"] = sha256_file(photo)
     if job.overlays:
-        save_overlay(overlay(rgb, data["annotations"]), job.out / OVERLAYS / f"{photo.name}.png")
+        save_overlay(overlay(rgb, data["annotations"]), job.overlay(photo))
     write_json(data, job.label(photo))
     return Done(photo.name, len(records), time.perf_counter() - started)
 
 
 def embed(sam: Predictor, rgb: Rgb, folder: Path | None) -> Embedding:
-    """Embed a photo, or read its embedding if the same weights already made it."""
+    """Embed a photo, or read its embedding if the same encoder already made it: its file's name tells by what."""
     if folder is None:
         return sam.embed(rgb)
-    path = folder / f"{image_id(rgb)[:32]}-{sam.weights_sha256[:12]}.npz"
+    info = sam.info()
+    made_by = [sam.weights_sha256, sam.spec.image_size, info["runtime"], info["precision"], _compute(info)]
+    maker = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
+    path = folder / f"{image_id(rgb)[:32]}-{maker[:12]}.npz"
     if path.is_file():
         # A damaged file in a cache is made again; saving replaces it.
         with suppress(EmbeddingError):
@@ -271,5 +303,6 @@ def _number(name: str) -> int:
 
 def check_output(out: Path) -> None:
     """Raises OutputError if the output path is a file."""
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file; pass a folder to -o.")
+    with output_errors(out):
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out} is a file; pass a folder to -o.")

@@ -118,6 +118,7 @@ def _wide_grey(image: Image.Image, name: str) -> Image.Image:
     top = float(values.max())
     if not np.isfinite(values).all() or values.min() < 0 or top > 65535:
         raise ImageError(f"{name} has grey values outside 0..65535; convert it to 8 or 16 bit first.")
-    full = 1.0 if image.mode == "F" and top <= 1 else 255.0 if image.mode != "I;16" and top <= 255 else 65535.0
+    wide = image.mode.startswith("I;16") or top > 255
+    full = 1.0 if image.mode == "F" and top <= 1 else 65535.0 if wide else 255.0
     grey = np.rint(values * (255.0 / full)).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")

@@ -86,23 +86,37 @@ def _from_json(path: Path) -> Iterator[Detection]:
                         float(row.get("score", 1)))
 
 
-def find_photo(name: str, photos: Sequence[Path]) -> Path:
-    """The photo that a detection means: same file name, same stem, or COCO's twelve-digit number.
+class Photos:
+    """Photos by what detections call them.
 
-    Raises:
-        LabelError: there is none.
+    Args:
+        paths: the photos that were detected on.
     """
-    wanted = [name, Path(name).name, *([name.zfill(12)] if name.isdecimal() else [])]
-    # The whole file name first: 1.jpg is not 000000000001.jpg where both exist.
-    for part in ("name", "stem"):
-        for candidate in wanted:
-            found = [p for p in photos if getattr(p, part) == candidate]
-            if len(found) > 1:
-                raise LabelError(f"the detections name image {name!r}, which may be {found[0].name} or "
-                                 f"{found[1].name}; give its whole file name.")
-            if found:
-                return found[0]
-    raise LabelError(f"the detections name image {name!r}, which is not among the {len(photos)} photos given.")
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._count = len(paths)
+        # The whole file name first: 1.jpg is not 000000000001.jpg where both exist.
+        self._tables: tuple[dict[str, list[Path]], ...] = ({}, {})
+        for path in paths:
+            for table, key in zip(self._tables, (path.name, path.stem), strict=True):
+                table.setdefault(key, []).append(path)
+
+    def find(self, name: str) -> Path:
+        """The photo that a detection means: same file name, same stem, or COCO's twelve-digit number.
+
+        Raises:
+            LabelError: there is none, or more than one.
+        """
+        wanted = [name, Path(name).name, *([name.zfill(12)] if name.isdecimal() else [])]
+        for table in self._tables:
+            for candidate in wanted:
+                found = table.get(candidate, [])
+                if len(found) > 1:
+                    raise LabelError(f"the detections name image {name!r}, which may be {found[0].name} or "
+                                     f"{found[1].name}; give its whole file name.")
+                if found:
+                    return found[0]
+        raise LabelError(f"the detections name image {name!r}, which is not among the {self._count} photos given.")
 
 
 def segment_boxes(sam: Predictor, rgb: Rgb, detections: Sequence[Detection], embed: Embed) -> list[dict[str, Any]]:

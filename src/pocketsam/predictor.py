@@ -91,7 +91,8 @@ class Predictor:
         """
         if not isinstance(embedding, Embedding):
             embedding = load_embedding(embedding, self.spec, self.weights_sha256)
-        check_identity("the embedding", embedding.model, embedding.weights_sha256, self.spec, self.weights_sha256)
+        check_identity("the embedding", embedding.model, embedding.weights_sha256, embedding.image_size, self.spec,
+                       self.weights_sha256)
         if image is not None and image_id(load_rgb(image)) != embedding.image_sha256:
             raise EmbeddingError("the embedding was made from another image than the one given; embed this image.")
         self._embedding = embedding
@@ -166,7 +167,7 @@ class Predictor:
         # Only a runtime that says ``takes_floats`` is given anything but uint8.
         image: Any = to_exact_image(rgb, frame, self.spec) if self.exact else to_model_image(rgb, frame, self.spec)
         features = self.runtime.encode(image, frame)
-        return Embedding(features, frame, self.spec.name, self.weights_sha256, image_id(rgb))
+        return Embedding(features, frame, self.spec.name, self.weights_sha256, image_id(rgb), self.spec.image_size)
 
     @property
     def current(self) -> Embedding:

@@ -92,6 +92,8 @@ RUNTIME_VARIABLES = {"coreml": "POCKETSAM_COREML_UNIT", "openvino": "POCKETSAM_O
 OPENVINO_PRECISIONS = ("f32", "bf16", "f16")
 # The argument of each runtime's ``open`` for the same.
 RUNTIME_OPTIONS = {"coreml": "compute_unit", "openvino": "inference_precision"}
+# What an export is proven with, whatever the environment variables say.
+EXACT_COMPUTE = {"coreml": "ALL", "openvino": OPENVINO_PRECISIONS[0]}
 
 # What exporting to a format needs.
 FORMAT_PACKAGES = {

@@ -56,9 +56,12 @@ def formats(text: str) -> list[str]:
 
 
 def images_in(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder; expected a folder of images.")
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp"))
+    try:
+        if not folder.is_dir():
+            raise UsageError(f"{folder} is not a folder; expected a folder of images.")
+        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp"))
+    except OSError as e:
+        raise UsageError(f"{folder} cannot be opened ({e.strerror}); check the path.") from e
     if not found:
         raise UsageError(f"{folder} holds no JPEG, PNG, WebP or BMP image.")
     return found

@@ -112,7 +112,7 @@ def _show(job: Job, outcomes: list[Done], earlier: int, files: list[str], info: 
     out.print(shown)
     way = "click graphs" if info["click_graphs"] else "prompt decoder, no click graphs"
     out.print(f"{len(good)} photos segmented, {earlier} done earlier, {len(bad)} unreadable; "
-              f"{info['model']} on {info['runtime']} {info['version']}, {way}, {job.threads} threads; labels and "
-              f"overlays in {job.out}", highlight=False)
+              f"{info['model']} on {info['runtime']} {info['version']}, {way}, {job.threads} threads; labels"
+              f"{' and overlays' if job.overlays else ''} in {job.out}", highlight=False)
     for d in bad:
         err.print(f"[bold red]unreadable:[/] {escape(d.problem)}", soft_wrap=True, highlight=False)

@@ -87,11 +87,13 @@ def _parse_points(texts: list[str]) -> tuple[list[list[float]], list[float]]:
 
 def _write_segment(rgb: Any, result: Any, output: Path | None, folder: Path | None, points: list[list[float]],
                    labels: list[float], boxes: list[list[float]]) -> list[str | None]:
+    from pocketsam.files import output_errors
     from pocketsam.overlay import draw, save_image, save_mask
 
     if output is not None:
-        if output.is_dir():
-            raise OutputError(f"{output} is a folder; pass an image file name to -o.")
+        with output_errors(output):
+            if output.is_dir():
+                raise OutputError(f"{output} is a folder; pass an image file name to -o.")
         best = result.masks if len(boxes) > 1 else result.masks[result.best][None]
         save_image(draw(rgb, best, points, labels, boxes), output)
     if folder is None:

@@ -25,11 +25,13 @@ def proposals(
     threads: Threads = None,
 ) -> None:
     """Rank class-agnostic object proposals, best first, as SA-1B style JSON."""
+    from pocketsam.files import check_writable
     from pocketsam.images import load_rgb
     from pocketsam.labels import sa1b, write_json
     from pocketsam.proposals import PROPOSALS, propose
 
     settings = replace(PROPOSALS, points_per_side=grid)
+    check_writable(output)
     rgb = load_rgb(photo)
     sam = pocketsam.load(bundle, runtime=runtime, precision=precision, threads=threads)
     records = propose(sam, rgb, settings, most)
@@ -52,10 +54,12 @@ def edges(
 
     from pocketsam.edges import find_edges
     from pocketsam.everything import Settings
+    from pocketsam.files import check_writable
     from pocketsam.images import load_rgb
     from pocketsam.overlay import save_image
 
     Settings(points_per_side=grid)
+    check_writable(output)
     rgb = load_rgb(photo)
     sam = pocketsam.load(bundle, runtime=runtime, precision=precision, threads=threads)
     strength = find_edges(sam, rgb, grid)
@@ -76,15 +80,17 @@ def instances(
 ) -> None:
     """Turn the boxes of any detector into masks."""
     from pocketsam.errors import ImageError
+    from pocketsam.files import check_writable
     from pocketsam.folders import embed, photos_in
     from pocketsam.images import load_rgb
-    from pocketsam.instances import Detection, find_photo, read_detections, segment_boxes
+    from pocketsam.instances import Detection, Photos, read_detections, segment_boxes
     from pocketsam.labels import write_json
 
     groups: dict[Path, list[Detection]] = {}
-    found = photos_in(photos)
+    check_writable(output)
+    known = Photos(photos_in(photos))
     for d in read_detections(boxes):
-        groups.setdefault(find_photo(d.image, found), []).append(d)
+        groups.setdefault(known.find(d.image), []).append(d)
     sam = pocketsam.load(bundle, runtime=runtime, precision=precision, threads=threads)
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
