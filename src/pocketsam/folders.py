@@ -190,7 +190,7 @@ def segment_photo(sam: Predictor, photo: Path, job: Job) -> Done:
         with output_errors(job.label(photo)):
             job.label(photo).unlink(missing_ok=True)
         return Done(photo.name, problem=str(e))
-    if (known := job.labelled(photo)) is not None:
+    if job.overlays and (known := job.labelled(photo)) is not None:
         save_overlay(overlay(rgb, known["annotations"]), job.overlay(photo))
         return Done(photo.name, len(known["annotations"]), time.perf_counter() - started)
     records = segment_everything(sam, rgb, job.settings, lambda part: embed(sam, part, job.embeddings))
