@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pocketsam import registry
-from pocketsam.errors import CheckpointError, UsageError
+from pocketsam.errors import CheckpointError, UsageError, first_line
 from pocketsam.models.catalog import spec as spec_of
 from pocketsam.models.checkpoints import FINGERPRINTS, HQ_KEY
 from pocketsam.models.keys import rename
@@ -178,9 +178,3 @@ def _check_finite(model: torch.nn.Module, path: Path) -> None:
 def _some(keys: list[str], most: int = 3) -> str:
     more = f" and {len(keys) - most} more" if len(keys) > most else ""
     return ", ".join(keys[:most]) + more
-
-
-def first_line(e: Exception) -> str:
-    """What an exception says, short enough for a sentence."""
-    text = str(e).strip().splitlines()
-    return (text[0] if text else type(e).__name__)[:160].rstrip(".")

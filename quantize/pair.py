@@ -15,10 +15,9 @@ from pocketsam import registry
 from pocketsam.api import open_bundle
 from pocketsam.bundle import Artifact, Bundle
 from pocketsam.doctor import machine
-from pocketsam.errors import BundleError, ParityError, PocketSamError, UnsupportedModel
+from pocketsam.errors import BundleError, ParityError, PocketSamError, UnsupportedModel, first_line
 from pocketsam.files import sha256_path, size_of
 from pocketsam.images import Rgb
-from pocketsam.models.loading import first_line
 from pocketsam.parity import GATES, compare_clicks, photos_id
 from pocketsam.predictor import Predictor
 from pocketsam.quantize.agreement import agreement, slower, time_ratio

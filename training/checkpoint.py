@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketsam.errors import UsageError
+from pocketsam.errors import UsageError, first_line
 from pocketsam.files import staged_file
-from pocketsam.models.loading import first_line
 
 CHECKPOINT = "checkpoint.pt"
 

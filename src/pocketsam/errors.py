@@ -89,3 +89,9 @@ class BenchmarkError(PocketSamError):
 
 class UsageError(PocketSamError):
     """A combination of arguments that has no meaning."""
+
+
+def first_line(e: Exception) -> str:
+    """What an exception says, short enough for a sentence."""
+    text = str(e).strip().splitlines()
+    return (text[0] if text else type(e).__name__)[:160].rstrip(".")
