@@ -29,6 +29,8 @@ RESULT, CSV, PAGE = "bench.json", "bench.csv", "bench.html"
 SLOWEST = 10
 KINDS = 8
 EVERY = 100_000
+# int8 recipe -> what its products are computed in; the others compute as the file's precision, or as asked.
+RATES = {"int8": "int8", "int8-dynamic": "int8", "int8-weights": "fp32"}
 Report = Callable[[str], None]
 
 
@@ -211,10 +213,6 @@ def _add_floor(bundle: Bundle, result: dict[str, Any], threads: tuple[int, ...],
         if options.operators and row["threads"] == max(threads):
             with _optional(f"operators of {name}", report):
                 _add_operators(bundle, row, report)
-
-
-# int8 recipe -> what its products are computed in; the others compute as the file's precision, or as asked.
-RATES = {"int8": "int8", "int8-dynamic": "int8", "int8-weights": "fp32"}
 
 
 def _add_work(bundle: Bundle, row: dict[str, Any], ceiling: roofline.Ceiling | None) -> None:

@@ -64,5 +64,3 @@ def available(formats: Sequence[tuple[str, str]], recipe: str, report: Callable[
     for reason in refused:
         report(f"skipping: {reason}")
     return found
-
-

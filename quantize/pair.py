@@ -6,7 +6,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,13 +188,9 @@ class Pair:
         return row, "", ratio, both
 
     def _write(self, tool: Quantizer, path: Path, keep: frozenset[str]) -> None:
-        try:
+        names = ", ".join(tool.tools())
+        with foreign_errors(UnsupportedModel, f"{names} cannot make {self.format} {self.recipe} of this model"):
             tool.write(path, keep)
-        except (PocketSamError, OSError, MemoryError):
-            raise
-        except Exception as e:  # the formats' tools raise whatever went wrong inside
-            raise UnsupportedModel(f"{', '.join(tool.tools())} cannot make {self.format} {self.recipe} of this model "
-                                   f"({first_line(e)}); choose other formats or precisions.") from e
 
     def _job(self, graph: str) -> Job:
         spec = self.bundle.spec
@@ -225,13 +222,8 @@ class Pair:
         return open_bundle(bundle, self.runtime, precision, THREADS, compute)
 
     def _agreement(self, encoder: Artifact, decoder: Artifact, images: Sequence[Rgb]) -> dict[str, Any]:
-        try:
+        with foreign_errors(BundleError, f"{self.runtime} cannot run the {self.recipe} graphs"):
             return agreement(self.reference, self._open(encoder, decoder), images).summary()
-        except (PocketSamError, OSError, MemoryError):
-            raise
-        except Exception as e:  # engines raise classes of their own for a graph that opens and does not run
-            raise BundleError(f"{self.runtime} cannot run the {self.recipe} graphs ({first_line(e)}); choose other "
-                              "formats or precisions.") from e
 
     def _ratio(self, graph: str, encoder: Artifact, decoder: Artifact) -> float | None:
         if not self.timed:
@@ -255,6 +247,17 @@ class Pair:
                 "recipe": self.recipe, "method": METHOD, "tools": self.quantizer.tools(), "gate": self.gate,
                 "calibration": self.stage.calibration.to_json(), "features": machine()["features"]}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def foreign_errors(kind: type[PocketSamError], what: str) -> Iterator[None]:
+    """Turn what a format's tool or engine raises into one sentence; our errors and those of the machine pass."""
+    try:
+        yield
+    except (PocketSamError, OSError, MemoryError):
+        raise
+    except Exception as e:  # tools and engines raise classes of their own
+        raise kind(f"{what} ({first_line(e)}); choose other formats or precisions.") from e
 
 
 def remove(path: Path) -> None:

@@ -17,13 +17,12 @@ import pocketsam
 from pocketsam import registry
 from pocketsam.benchmarks.work import share_in_8_bits
 from pocketsam.bundle import read_bundle
-from pocketsam.errors import BundleError, ImageError, ParityError, UnsupportedModel, UsageError
+from pocketsam.errors import ImageError, ParityError, UnsupportedModel, UsageError
 from pocketsam.images import load_rgb
 from pocketsam.models.catalog import spec
 from pocketsam.photos import CALIBRATION_IMAGES, photo_paths
 from pocketsam.quantize.agreement import slower
 from pocketsam.quantize.calibration import collect
-from pocketsam.quantize.onnx import OnnxQuantizer
 from pocketsam.quantize.recipes import RECIPES, check
 from pocketsam.quantize.search import Search, try_attention
 from pocketsam.tune import Candidate, choose
@@ -301,72 +300,8 @@ def test_quantize_command(cli: Run, toy_bundle: Path, toy_checkpoint: Path, tmp_
     assert pocketsam.load(out, runtime="onnxruntime", precision="int8").info()["precision"] == "int8"
 
 
-def test_int8_below_its_gate_leaves_the_rest(toy_checkpoint: Path, tmp_path: Path) -> None:
-    out = tmp_path / "b"
-    with pytest.raises(ParityError, match=r"onnx int8 .* below the gate of 1\.0\. .* holds the rest\."):
-        pocketsam.export("toy_sam", checkpoint=toy_checkpoint, precisions=["fp32", "int8"], out=out, gate=1.0,
-                         images=photo_paths()[:1], calibration_images=2, clicks=False)
-    bundle = read_bundle(out)
-    assert {a.precision for a in bundle.artifacts} == {"fp32"}
-    assert {p.name for p in (out / "onnx").iterdir()} == {Path(a.path).name for a in bundle.artifacts}
-    assert pocketsam.load(out, runtime="onnxruntime").info()["precision"] == "fp32"
-
-
 def below(*_: Any) -> None:
     raise ParityError("Too rough.")
-
-
-def test_a_tool_that_fails_leaves_the_rest(toy_checkpoint: Path, tmp_path: Path,
-                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: object, path: Path, keep: frozenset[str] = frozenset()) -> None:
-        path.write_bytes(b"half")
-        raise ValueError("more dimensions than allowed\nand a second line")
-
-    monkeypatch.setattr(OnnxQuantizer, "write", fail)
-    out = tmp_path / "b"
-    with pytest.raises(ParityError, match=r"onnxruntime cannot make onnx int8 of this model \(more dimensions than "
-                                          r"allowed\); .* holds the rest\."):
-        pocketsam.export("toy_sam", checkpoint=toy_checkpoint, precisions=["fp32", "int8"], out=out,
-                         images=photo_paths()[:1], calibration_images=2, clicks=False)
-    bundle = read_bundle(out)
-    assert {a.precision for a in bundle.artifacts} == {"fp32"}
-    assert {p.name for p in (out / "onnx").iterdir()} == {Path(a.path).name for a in bundle.artifacts}
-
-
-def test_a_decoder_that_is_refused_stays_in_float(toy_checkpoint: Path, tmp_path: Path,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    """The int8 encoder has passed by then."""
-    def write(self: OnnxQuantizer, path: Path, keep: frozenset[str] = frozenset()) -> None:
-        if self.job.spec.name == "decoder":
-            path.write_bytes(b"half")
-            raise ValueError("no such kernel")
-        whole(self, path, keep)
-
-    whole = OnnxQuantizer.write
-    monkeypatch.setattr(OnnxQuantizer, "write", write)
-    out = tmp_path / "b"
-    bundle = pocketsam.export("toy_sam", checkpoint=toy_checkpoint, precisions=["fp32", "int8"], out=out, gate=0.0,
-                              images=photo_paths()[:1], calibration_images=2, clicks=False)
-    decoder = bundle.find("onnx", "int8", "decoder")
-    assert decoder.path.endswith("decoder.fp32.onnx")
-    assert "no such kernel" in decoder.quantization["kept_in_float"]
-    assert {p.name for p in (out / "onnx").iterdir()} == {Path(a.path).name for a in bundle.artifacts}
-
-
-@pytest.mark.parametrize("error", [RuntimeError("primitive\nand a second line"), BundleError("primitive.")])
-def test_an_encoder_that_the_engine_refuses_leaves_the_rest(toy_checkpoint: Path, tmp_path: Path, error: Exception,
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr("pocketsam.quantize.pair.agreement", fail)
-    out = tmp_path / "b"
-    with pytest.raises(ParityError, match=r"primitive.* holds the rest\."):
-        pocketsam.export("toy_sam", checkpoint=toy_checkpoint, precisions=["fp32", "int8"], out=out,
-                         images=photo_paths()[:1], calibration_images=2, clicks=False)
-    bundle = read_bundle(out)
-    assert {a.precision for a in bundle.artifacts} == {"fp32"}
-    assert {p.name for p in (out / "onnx").iterdir()} == {Path(a.path).name for a in bundle.artifacts}
 
 
 @pytest.mark.parametrize(("format_", "recipe"), marked([c for c in CASES if c[1] != "int8-dynamic"]))

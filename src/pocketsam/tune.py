@@ -18,7 +18,7 @@ from pocketsam import __version__
 from pocketsam.api import open_bundle
 from pocketsam.bundle import Bundle
 from pocketsam.doctor import machine, runtimes
-from pocketsam.errors import BundleError, PocketSamError, UnknownName, UsageError
+from pocketsam.errors import BundleError, PocketSamError, UnknownName, UsageError, first_line
 from pocketsam.files import cache_root, staged_file
 from pocketsam.geometry import Frame
 from pocketsam.prompts import middle_click
@@ -131,8 +131,8 @@ def _measure(bundle: Bundle, runtime: str, precision: str, threads: int | None,
     except PocketSamError as e:
         return Candidate(runtime, precision, 0, 0, agreement, str(e))
     except Exception as e:  # engines raise classes of their own for a graph that opens and does not run
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
-        return Candidate(runtime, precision, 0, 0, agreement, f"{runtime} cannot run the {precision} graphs ({reason})")
+        problem = f"{runtime} cannot run the {precision} graphs ({first_line(e)})"
+        return Candidate(runtime, precision, 0, 0, agreement, problem)
     return Candidate(runtime, precision, round(encoder, 3), round(decoder, 3), agreement)
 
 
