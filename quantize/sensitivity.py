@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pocketsam.quantize.channels import can_scale, plans, put
 from pocketsam.quantize.grid import channels_first
 from pocketsam.quantize.hooks import Hook, hooked
+from pocketsam.quantize.prefix import Prefix
 from pocketsam.quantize.ranges import round_values
 
 if TYPE_CHECKING:
@@ -43,7 +44,15 @@ class _Judge:
     def activations(self, layers: Sequence[Layer]) -> float:
         """With the activations of these layers rounded."""
         with hooked(_rounding(layers)):
-            return min(_decibels(a, b) for a, b in zip(self.truth, self.module(self.batch), strict=True))
+            return self._worst(self.module(self.batch))
+
+    def alone(self, layers: Sequence[Layer]) -> list[float]:
+        """With the activations of one layer rounded at a time, for layers in execution order."""
+        prefix = Prefix(self.module, self.batch)
+        return [self._worst(prefix.run(layer.module, _rounding([layer]))) for layer in layers]
+
+    def _worst(self, maps: Sequence[Tensor]) -> float:
+        return min(_decibels(a, b) for a, b in zip(self.truth, maps, strict=True))
 
 
 @torch.no_grad()
@@ -62,7 +71,7 @@ def mend(module: nn.Module, layers: Sequence[Layer], batch: Tensor, images: int)
     judge = _Judge(module, batch[:images])
     if judge.activations(layers) >= ENOUGH:
         return []
-    alone = [judge.activations([layer]) for layer in layers]
+    alone = judge.alone(layers)
     heavy = [i for i, layer in enumerate(layers)
              if alone[i] < ALONE and can_scale(layer.module) and _work(layer) >= LIGHT]
     found = plans(module, [layers[i] for i in heavy], batch)
