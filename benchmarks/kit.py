@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pocketsam.benchmarks.results import GRAPHS, header
+from pocketsam.benchmarks.results import GRAPHS, header, held
 from pocketsam.bundle import IR_FILE, ONNX_FILE, Artifact, Bundle
 from pocketsam.doctor import CPU_FLAGS
 from pocketsam.errors import BenchmarkError, BundleError, OutputError
@@ -50,16 +50,15 @@ def write_kit(bundle: Bundle, runtime: str, precision: str, out: Path) -> int:
         # What is zero everywhere stands as 0.
         prompt = {k: v.tolist() if v.any() else 0 for k, v in middle_click(bundle.spec, bundle.slots).items()}
         graphs = [_graph(a, _copy(bundle, a, staging, files), prompt) for a in artifacts]
-        sizes = {a.graph: a.bytes for a in artifacts}
         row = {"runtime": runtime, "format": RUNTIME_FORMATS[runtime], "precision": precision, "reference": False,
-               "status": "ok", "bytes": sizes, "agreement": artifacts[0].measured or None, "quality": None}
+               "status": "ok", **held({a.graph: a for a in artifacts}), "quality": None}
         # The device puts itself, its time and its row in place of this machine's.
         result = {**header(bundle, {"script": "bench_device"}, ""), "complete": True, "commit": ""}
         plan = {"result": result, "row": row, "graphs": graphs, "files": files, "features": CPU_FLAGS}
         (staging / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
         shutil.copyfile(DEVICE / SCRIPT, staging / SCRIPT)
         shutil.copyfile(DEVICE / "engines" / f"{runtime}.py", staging / ENGINE)
-    return sum(sizes.values())
+    return sum(a.bytes for a in artifacts)
 
 
 def _copy(bundle: Bundle, artifact: Artifact, staging: Path, files: dict[str, str]) -> str:

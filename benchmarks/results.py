@@ -13,7 +13,7 @@ from typing import Any
 
 import pocketsam
 from pocketsam.benchmarks.targets import described
-from pocketsam.bundle import Bundle
+from pocketsam.bundle import Artifact, Bundle
 from pocketsam.doctor import machine
 from pocketsam.errors import BenchmarkError
 from pocketsam.files import staged_file
@@ -125,6 +125,15 @@ def precision_of(row: dict[str, Any]) -> str:
 def key(row: dict[str, Any]) -> tuple[str, str, int]:
     """What identifies a row within a result."""
     return row["runtime"], precision_of(row), row["threads"]
+
+
+def held(parts: dict[str, Artifact]) -> dict[str, Any]:
+    """What a row says of its artifacts, by graph; sizes of graphs that are missing are 0."""
+    encoder = parts.get("encoder")
+    kept = {g: a.quantization.get("float_layers") for g, a in parts.items() if g in GRAPHS}
+    return {"bytes": {g: parts[g].bytes if g in parts else 0 for g in GRAPHS},
+            "agreement": (encoder.measured or None) if encoder else None,
+            "float_layers": {g: len(names) for g, names in kept.items() if isinstance(names, list)} or None}
 
 
 def one_image(row: dict[str, Any], clicks: int = 1) -> float | None:

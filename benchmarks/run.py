@@ -11,7 +11,7 @@ from typing import Any
 from pocketsam.benchmarks import accuracy, latency, roofline
 from pocketsam.benchmarks.latency import GRAPHS, Measured, Plan
 from pocketsam.benchmarks.page import page
-from pocketsam.benchmarks.results import header, mark_slower, precision_of, to_csv, write
+from pocketsam.benchmarks.results import header, held, mark_slower, precision_of, to_csv, write
 from pocketsam.benchmarks.targets import EVALUATOR_NOTE, Target, open_target, target_of, targets_of
 from pocketsam.bundle import Bundle, read_bundle
 from pocketsam.doctor import machine
@@ -184,13 +184,13 @@ def _rows(bundle: Bundle, measured: list[Measured], against: str) -> list[dict[s
     for m, own in zip(measured, latency.results(measured, against), strict=True):
         t = m.target
         row: dict[str, Any] = {"runtime": t.runtime, "format": t.format, "precision": t.precision, "compute": t.compute,
-                               "threads": t.threads, "reference": t.reference, "bytes": None, "agreement": None,
-                               "quality": None}
+                               "threads": t.threads, "reference": t.reference, "bytes": None, "float_layers": None,
+                               "agreement": None, "quality": None}
         if t.format:
             parts = {a.graph: a for a in bundle.artifacts if (a.format, a.precision) == (t.format, t.precision)}
-            row["bytes"] = {g: parts[g].bytes if g in parts else 0 for g in GRAPHS}
+            row |= held(parts)
             # The export measured what f32 gives.
-            row["agreement"] = None if t.compute or "encoder" not in parts else parts["encoder"].measured or None
+            row["agreement"] = None if t.compute else row["agreement"]
         rows.append({**row, **own})
     return rows
 

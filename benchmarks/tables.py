@@ -24,6 +24,8 @@ def cells(row: dict[str, Any]) -> list[str]:
 def note(row: dict[str, Any]) -> str:
     """What a reader must know of this row."""
     found = [] if row["status"] == "ok" else [row["status"]]
+    if layers := (row.get("float_layers") or {}).get("encoder"):
+        found.append(f"{layers} layer{'s' if layers > 1 else ''} of the encoder in float")
     if row.get("slower_than"):
         found.append(f"slower than {row['slower_than']}, which is more accurate")
     if fallbacks := row.get("fallbacks"):

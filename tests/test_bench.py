@@ -18,10 +18,11 @@ from pocketsam.benchmarks.compare import compare, remarks
 from pocketsam.benchmarks.latency import Measured, Plan, results
 from pocketsam.benchmarks.page import page
 from pocketsam.benchmarks.plots import pareto
-from pocketsam.benchmarks.results import mark_slower, mean_agreement, merge, read, to_csv, write
+from pocketsam.benchmarks.results import held, mark_slower, mean_agreement, merge, read, to_csv, write
 from pocketsam.benchmarks.statistics import disturbed, ratio, summary
-from pocketsam.benchmarks.tables import cells
+from pocketsam.benchmarks.tables import cells, note
 from pocketsam.benchmarks.targets import Target
+from pocketsam.bundle import Artifact
 from pocketsam.errors import BenchmarkError
 
 Run = Callable[..., Any]
@@ -55,6 +56,17 @@ def synthetic(seed: int, slowed: float = 1.0, noise: float = 0.06, rounds: int =
             "settings": {"rounds": rounds},
             "calm": {"rounds": rounds, "repeated": 0, "disturbed": 0, "probe_spread": 0.0},
             "model": {"name": "lite0", "image_size": 512, "weights_sha256": "0"}, "ceilings": [], "rows": out}
+
+
+def test_rows_tell_which_layers_stay_in_float() -> None:
+    def artifact(graph: str, **quantization: Any) -> Artifact:
+        return Artifact("", graph, "onnx", "int8", "", 5, [], [], "", agreement(0.9), quantization)
+
+    row = held({"encoder": artifact("encoder", float_layers=["a", "b"]), "click_masks": artifact("click_masks")})
+    assert row == {"bytes": {"encoder": 5, "decoder": 0}, "agreement": agreement(0.9), "float_layers": {"encoder": 2}}
+    assert note({**row, "status": "ok"}) == "2 layers of the encoder in float"
+    assert held({"decoder": artifact("decoder")}) == {
+        "bytes": {"encoder": 0, "decoder": 5}, "agreement": None, "float_layers": None}
 
 
 def agreement(mean: float) -> dict[str, Any]:

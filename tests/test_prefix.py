@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from pocketsam.quantize.grid import Weighted
 from pocketsam.quantize.hooks import Hook, hooked
 from pocketsam.quantize.prefix import Prefix
 
-MODELS = ["lite0", "mobile_sam", "edge_sam", "efficient_sam_ti", "efficientvit_sam_l0", "sam2.1_tiny", "sam_hq_vit_tiny"]
+MODELS = ["lite0", "mobile_sam", "edge_sam", "efficient_sam_ti", "efficientvit_sam_l0", "sam2.1_tiny",
+          "sam_hq_vit_tiny"]
 
 
 def shifted(layer: nn.Module) -> Iterator[Hook]:
@@ -42,7 +44,7 @@ def test_layers_asked_for_in_turn(name: str) -> None:
 
 
 class Counted(nn.Linear):
-    ran: list[Counted] = []
+    ran: ClassVar[list[nn.Module]] = []
 
     def forward(self, input: Tensor) -> Tensor:
         self.ran.append(self)
