@@ -11,7 +11,7 @@ import numpy as np
 
 from pocketsam.errors import ImageError, UsageError
 from pocketsam.geometry import Frame, to_model_image
-from pocketsam.images import Rgb, image_id, load_rgb
+from pocketsam.images import Rgb, image_id, load_rgb, photos_in
 from pocketsam.photos import CALIBRATION_IMAGES, photo_paths
 from pocketsam.predictor import Predictor
 from pocketsam.prompts import Prompt, decoder_inputs
@@ -21,7 +21,6 @@ from pocketsam.specs import ModelSpec
 
 # With fewer, one unusual photo decides the activation ranges.
 FEW_IMAGES = 8
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -132,13 +131,7 @@ def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UsageError(f"the calibration source {folder} is neither a folder nor a pack (an uncompressed tar); "
                          "expected a folder of images.")
-    try:
-        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
-    except OSError as e:
-        raise UsageError(f"the calibration folder {folder} cannot be read ({e.strerror}).") from e
-    if not found:
-        raise UsageError(f"the calibration folder {folder} holds no JPEG, PNG, WebP or BMP image.")
-    return found
+    return photos_in(folder)
 
 
 def _warnings(unique: Sequence[Rgb], given: int, spec: ModelSpec) -> list[str]:

@@ -9,10 +9,10 @@ import pytest
 
 import pocketsam
 from pocketsam.bundle import read_bundle
-from pocketsam.commands.console import images_in
-from pocketsam.errors import BundleError, OutputError, UnknownName, UsageError
+from pocketsam.errors import BundleError, ImageError, OutputError, UnknownName
 from pocketsam.files import check_writable, staged_file, staged_folder
 from pocketsam.folders import check_output
+from pocketsam.images import photos_in
 
 FOLDER = "result"
 
@@ -115,8 +115,8 @@ def test_names_that_are_too_long_are_one_sentence(tmp_path: Path) -> None:
         check_output(path)
     with pytest.raises(BundleError, match=r"File name too long|does not exist"):
         read_bundle(path)
-    with pytest.raises(UsageError, match=r"File name too long|is not a folder"):
-        images_in(path)
+    with pytest.raises(ImageError, match=r"File name too long|does not exist"):
+        photos_in(path)
     with pytest.raises(UnknownName, match="unknown model"):
         pocketsam.load("x" * 300)
 

@@ -31,7 +31,6 @@ from pocketsam.labels import overlay, read_json, sa1b, save_overlay, write_coco,
 from pocketsam.predictor import Predictor
 from pocketsam.registry import RUNTIME_OPTIONS
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 LABELS, OVERLAYS, JOB = "labels", "overlays", "job.json"
 COCO_FILE = re.compile(r"coco(-\d{5,}-of-\d{5,})?\.json")
 
@@ -99,26 +98,6 @@ class Done:
 
 
 Report = Callable[[Done, int, int], None]
-
-
-def photos_in(path: Path) -> list[Path]:
-    """A photo, or the sorted photos of a folder.
-
-    Raises:
-        UsageError: the folder holds no JPEG, PNG, WebP or BMP image.
-        ImageError: the path does not exist or cannot be read.
-    """
-    try:
-        if path.is_file():
-            return [path]
-        if not path.is_dir():
-            raise ImageError(f"{path} does not exist; expected a photo or a folder of photos.")
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
-    except OSError as e:
-        raise ImageError(f"{path} cannot be opened ({e.strerror}); check the path.") from e
-    if not found:
-        raise UsageError(f"{path} holds no JPEG, PNG, WebP or BMP image.")
-    return found
 
 
 def prepare(job: Job, sam: Predictor, photos: Sequence[Path]) -> list[Path]:

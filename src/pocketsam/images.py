@@ -11,13 +11,34 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pocketsam.errors import ImageError
+from pocketsam.errors import ImageError, UsageError
 
 ImageLike = str | Path | Image.Image | NDArray[Any]
 Rgb = NDArray[np.uint8]
 
 # What Pillow opens at most by default, twice its ``MAX_IMAGE_PIXELS``: 512 MiB as RGB.
 MAX_PIXELS = 178_956_970
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+def photos_in(path: Path) -> list[Path]:
+    """A photo, or the sorted photos of a folder.
+
+    Raises:
+        UsageError: the folder holds no JPEG, PNG, WebP or BMP image.
+        ImageError: the path does not exist or cannot be read.
+    """
+    try:
+        if path.is_file():
+            return [path]
+        if not path.is_dir():
+            raise ImageError(f"{path} does not exist; expected a photo or a folder of photos.")
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    except OSError as e:
+        raise ImageError(f"{path} cannot be opened ({e.strerror}); check the path.") from e
+    if not found:
+        raise UsageError(f"{path} holds no JPEG, PNG, WebP or BMP image.")
+    return found
 
 
 def load_rgb(image: ImageLike) -> Rgb:

@@ -13,7 +13,6 @@ from pocketsam.commands.console import (
     Threads,
     escape,
     formats,
-    images_in,
     names,
     out,
     print_json,
@@ -34,8 +33,8 @@ def export(
     image_size: Annotated[int | None, typer.Option(help="Input side instead of the model's own: a multiple of "
                                                          "64.")] = None,
     gate: Annotated[float | None, typer.Option(help="Least mean mask agreement with PyTorch, 0 to 1.")] = None,
-    parity_images: Annotated[Path | None, typer.Option(help="Folder of images to measure agreement on; default: "
-                                                            "photos that ship with the package.")] = None,
+    parity_images: Annotated[Path | None, typer.Option(help="Photo or folder of photos to measure agreement on; "
+                                                            "default: those that ship with the package.")] = None,
     clicks: Annotated[bool, typer.Option(help="Make the graphs that segment everything runs on, for models that "
                                               "have them.")] = True,
     calibration: Annotated[Path | None, typer.Option(help="For int8: folder or pack of images; default: the shipped "
@@ -49,8 +48,9 @@ def export(
 ) -> None:
     """Export a checkpoint to a bundle, proven against PyTorch."""
     from pocketsam.api import recognised
+    from pocketsam.images import photos_in
 
-    images = None if parity_images is None else images_in(parity_images)
+    images = None if parity_images is None else photos_in(parity_images)
     if model is None and checkpoint is not None:
         model = recognised(checkpoint)
         progress(f"{checkpoint} is {model}", json_)
@@ -82,18 +82,18 @@ def verify(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     checkpoint: Annotated[Path | None, typer.Option(help="The checkpoint it was exported from; lite0 needs "
                                                          "none.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of images; default: the shipped photos.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Photo or folder of photos; default: the shipped ones.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
     json_: Json = False,
 ) -> None:
     """Measure every artifact against PyTorch again; exit code 1 if one falls below its gate."""
     from pocketsam.bundle import read_bundle
-    from pocketsam.images import load_rgb
+    from pocketsam.images import load_rgb, photos_in
     from pocketsam.photos import photo_paths
     from pocketsam.verify import verify as run
 
     opened = read_bundle(bundle)
-    files = photo_paths() if images is None else images_in(images)
+    files = photo_paths() if images is None else photos_in(images)
     reference = pocketsam.load(opened.spec.name, checkpoint=checkpoint, runtime="pytorch",
                                image_size=opened.spec.image_size)
     rows = run(opened, reference, [load_rgb(f) for f in files], seed, lambda t: progress(t, json_))

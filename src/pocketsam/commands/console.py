@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
-
-from pocketsam.errors import UsageError
 
 # A pipe has no width: leave tables whole there instead of cutting them at 80 columns.
 out = Console(width=None if sys.stdout.isatty() else 240)
@@ -53,15 +50,3 @@ def formats(text: str) -> list[str]:
     from pocketsam.registry import FORMATS
 
     return list(FORMATS) if text == "all" else names(text)
-
-
-def images_in(folder: Path) -> list[Path]:
-    try:
-        if not folder.is_dir():
-            raise UsageError(f"{folder} is not a folder; expected a folder of images.")
-        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp"))
-    except OSError as e:
-        raise UsageError(f"{folder} cannot be opened ({e.strerror}); check the path.") from e
-    if not found:
-        raise UsageError(f"{folder} holds no JPEG, PNG, WebP or BMP image.")
-    return found

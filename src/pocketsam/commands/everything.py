@@ -49,7 +49,8 @@ def everything(
     """Find all masks of a photo or of a folder: overlays, COCO JSON and SA-1B style JSON."""
     from pocketsam.clicks import has_click_graphs
     from pocketsam.everything import default_settings
-    from pocketsam.folders import Job, check_output, finish, photos_in, prepare
+    from pocketsam.folders import Job, check_output, finish, prepare
+    from pocketsam.images import photos_in
 
     given = {"points_per_side": grid, "pred_iou": pred_iou, "stability": stability, "nms": nms,
              "crop_layers": crop_layers, "crop_points_divide": crop_points_divide, "min_region": min_region,

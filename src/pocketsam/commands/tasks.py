@@ -81,8 +81,8 @@ def instances(
     """Turn the boxes of any detector into masks."""
     from pocketsam.errors import ImageError
     from pocketsam.files import check_writable
-    from pocketsam.folders import embed, photos_in
-    from pocketsam.images import load_rgb
+    from pocketsam.folders import embed
+    from pocketsam.images import load_rgb, photos_in
     from pocketsam.instances import Detection, Photos, read_detections, segment_boxes
     from pocketsam.labels import write_json
 
