@@ -11,7 +11,7 @@ import openvino as ov
 from pocketsam.benchmarks.kinds import attention
 from pocketsam.benchmarks.work import Graph, Shapes, Step, Tensor
 from pocketsam.bundle import IR_FILE
-from pocketsam.errors import BundleError
+from pocketsam.errors import BundleError, first_line
 from pocketsam.specs import GraphSpec
 
 # Weight axes that are not multiplied with an input value: the output channel, and the group before it.
@@ -34,7 +34,7 @@ def read_file(path: Path, shapes: Shapes) -> Graph:
         model = ov.Core().read_model(path)
         model.reshape({name: ov.PartialShape(list(shape)) for name, shape in shapes.items()})
     except RuntimeError as e:
-        raise BundleError(f"OpenVINO {ov.get_version()} refuses {path} ({str(e).splitlines()[0][:200]}); export the "
+        raise BundleError(f"OpenVINO {ov.get_version()} refuses {path} ({first_line(e)}); export the "
                           "bundle again or change the openvino version.") from e
     return from_model(model)
 

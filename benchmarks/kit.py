@@ -38,12 +38,11 @@ def write_kit(bundle: Bundle, runtime: str, precision: str, out: Path) -> int:
     Raises:
         BenchmarkError: there is no script for the runtime.
         BundleError: the bundle lacks an artifact, or one is damaged.
-        OutputError: something else is there, or the place cannot be written.
+        OutputError: something else is there, a result in the kit included, or the place cannot be written.
     """
     if runtime not in ENGINES:
         raise BenchmarkError(f"there is no device script for {runtime!r}; expected one of {', '.join(ENGINES)}.")
-    if out.exists() and not (out / PLAN).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise OutputError(f"{out} exists and is not a device kit; choose another folder.")
+    _check_replaceable(out)
     artifacts = [bundle.find(RUNTIME_FORMATS[runtime], precision, graph) for graph in GRAPHS]
     with staged_folder(out) as staging:
         files: dict[str, str] = {}
@@ -59,6 +58,21 @@ def write_kit(bundle: Bundle, runtime: str, precision: str, out: Path) -> int:
         shutil.copyfile(DEVICE / SCRIPT, staging / SCRIPT)
         shutil.copyfile(DEVICE / "engines" / f"{runtime}.py", staging / ENGINE)
     return sum(a.bytes for a in artifacts)
+
+
+def _check_replaceable(out: Path) -> None:
+    """That nothing lies there but a kit: a result that was written into it took somebody's device and time."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        files = set(json.loads((out / PLAN).read_text("utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise OutputError(f"{out} exists and is not a device kit; choose another folder.") from e
+    own = {PLAN, SCRIPT, ENGINE, *files}
+    for path in sorted(out.rglob("*")):
+        if path.is_file() and path.relative_to(out).as_posix() not in own and path.suffix != ".pyc":
+            raise OutputError(f"{path} is not part of the kit that would be replaced; move it, or choose another "
+                              "folder.")
 
 
 def _copy(bundle: Bundle, artifact: Artifact, staging: Path, files: dict[str, str]) -> str:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from pocketsam.benchmarks.processes import Guest, Worker, available_mb
 from pocketsam.benchmarks.statistics import disturbed, ratio, summary
-from pocketsam.benchmarks.targets import EVALUATOR_NOTE, Target
+from pocketsam.benchmarks.targets import EVALUATOR_NOTE, Target, described
 from pocketsam.errors import BenchmarkError
 
 GRAPHS = ("encoder", "decoder")
@@ -110,13 +110,13 @@ def results(rows: list[Measured], against: str = "") -> list[dict[str, Any]]:
     """JSON-safe numbers of each target, in the order of the rows; ratios to PyTorch of the same thread count.
 
     Args:
-        against: a runtime that ratios are taken to as well: its first row of the same thread count.
+        against: a runtime that ratios are taken to as well: its first row of the same thread count that has times.
     """
     out = []
     for row in rows:
         peers = [r for r in rows if r.target.threads == row.target.threads]
         eager = next((r for r in peers if r.target.reference), None)
-        other = next((r for r in peers if r.target.runtime == against), None)
+        other = next((r for r in peers if r.target.runtime == against and any(r.times.values())), None)
         entry: dict[str, Any] = {"status": row.status, "load_ms": row.facts.get("load_ms"), "peak_mb": row.peak_mb,
                                  "resident": row.resident, "version": row.facts.get("version", ""),
                                  "cold": row.cold or None}
@@ -130,14 +130,17 @@ def _graph(row: Measured, graph: str, eager: Measured | None, other: Measured | 
     if row.status != "ok" or not row.times[graph]:
         return None
     data = {**summary([t for times in row.times[graph] for t in times]), "first_ms": row.facts["first_ms"][graph]}
-    for name, base in (("times_pytorch", eager), ("times_against", other)):
-        if base is not None and base.times[graph]:
-            data[name] = ratio(base.times[graph], row.times[graph])
+    for name, peer in (("times_pytorch", eager), ("times_against", other)):
+        if peer is not None and peer.times[graph]:
+            data[name] = ratio(peer.times[graph], row.times[graph])
+    if "times_against" in data and other is not None:
+        base = other.target
+        data["times_against"]["to"] = f"{base.runtime} {described(base.precision, base.compute)}"
     return data
 
 
 def _open_once(row: Measured, cache: Path, report: Report) -> None:
-    if _untimed(row.target):
+    if not is_timed(row.target):
         return
     report(f"cold start of {row.target.label}")
     worker = Worker(row.target, cache)
@@ -147,8 +150,9 @@ def _open_once(row: Measured, cache: Path, report: Report) -> None:
         row.cold = {"load_ms": worker.facts["load_ms"], **{f"first_{g}_ms": first[g] for g in GRAPHS}}
 
 
-def _untimed(target: Target) -> bool:
-    return target.runtime == "coreml" and sys.platform != "darwin"
+def is_timed(target: Target) -> bool:
+    """Whether its times say anything on this machine: those of the Core ML evaluator do not."""
+    return target.runtime != "coreml" or sys.platform == "darwin"
 
 
 @contextmanager
@@ -159,7 +163,7 @@ def _opened(rows: list[Measured], caches: list[Path], report: Report) -> Iterato
     room, held = float("inf") if available is None else ROOM * available, 0.0
     try:
         for i, row in enumerate(rows):
-            if _untimed(row.target):
+            if not is_timed(row.target):
                 row.status = EVALUATOR_NOTE
                 continue
             report(f"opening {row.target.label}")

@@ -34,15 +34,14 @@ class NoProfiler(PocketSamError):
     def __init__(self, runtime: str) -> None:
         super().__init__(f"operators of {runtime} cannot be timed here: {WITHOUT[runtime]}.")
         self.runtime = runtime
-        self.reason = WITHOUT[runtime]
 
 
 @dataclass(frozen=True)
 class OperatorTime:
-    """Time of one operator, or of all operators of a kind.
+    """Time of one operator.
 
     Attributes:
-        name: of the node, as the runtime knows it after its own fusions; the kind in :func:`by_kind`.
+        name: of the node, as the runtime knows it after its own fusions.
         kind: operator type, with the kernel where the runtime tells it.
         ms: the least of several runs.
         share: of the sum over all operators, 0 to 1.
@@ -87,15 +86,6 @@ def slowest(bundle: Bundle | None, runtime: str | Runtime, precision: str, graph
     if count < 1:
         raise UsageError(f"count is {count}; expected at least 1.")
     return _ranked(_profile(bundle, runtime, precision, graph, threads, compute))[:count]
-
-
-def by_kind(bundle: Bundle | None, runtime: str | Runtime, precision: str, graph: str,
-            threads: int) -> list[OperatorTime]:
-    """The time of each operator kind, most first; arguments and errors as :func:`slowest`."""
-    sums: dict[str, float] = {}
-    for row in _profile(bundle, runtime, precision, graph, threads):
-        sums[row.kind] = sums.get(row.kind, 0.0) + row.ms
-    return _ranked([Row(kind, kind, ms) for kind, ms in sums.items()])
 
 
 def fallbacks(bundle: Bundle | None, runtime: str | Runtime, precision: str, graph: str, threads: int,

@@ -48,7 +48,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         body += _device(result, len(results) > 1)
     body += _plots(results)
-    body += [_breakdown(r) for r in results]
+    body += [_breakdown(r, len(results) > 1) for r in results]
     body.append(_method(first))
     return (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<title>{html.escape(title)}</title><style>{STYLE}</style>{''.join(body)}</html>\n")
@@ -115,7 +115,7 @@ def _cold(results: Sequence[dict[str, Any]]) -> list[str]:
             "image, answer one prompt.</p>", bars(rows, "ms", "cold start")]
 
 
-def _breakdown(result: dict[str, Any]) -> str:
+def _breakdown(result: dict[str, Any], several: bool) -> str:
     rows, tables = [], []
     kinds: dict[str, str] = {}
     for row in result["rows"]:
@@ -133,8 +133,9 @@ def _breakdown(result: dict[str, Any]) -> str:
                       f"{_table(('operator', 'kind', 'ms', 'share'), slowest)}</details>")
     if not rows:
         return ""
-    return ("<h2>Where the encoder's time goes</h2><p class=dim>By each runtime's own profiler, which slows it a "
-            f"little; runtimes without one are absent.</p>{bars(rows, 'ms', 'time by operator')}{''.join(tables)}")
+    where = f": {html.escape(result['device'])}" if several else ""
+    return (f"<h2>Where the encoder's time goes{where}</h2><p class=dim>By each runtime's own profiler, which slows it "
+            f"a little; runtimes without one are absent.</p>{bars(rows, 'ms', 'time by operator')}{''.join(tables)}")
 
 
 def _merged(kinds: dict[str, float]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import openvino as ov
 from pocketsam.benchmarks.operators import Row
 from pocketsam.benchmarks.profiling import RUNS, WARMUP, least, sample_inputs
 from pocketsam.bundle import IR_FILE, Bundle
-from pocketsam.errors import BundleError
+from pocketsam.errors import BundleError, first_line
 from pocketsam.runtimes.openvino import FORMAT, check_precision, settings
 from pocketsam.specs import GraphSpec
 
@@ -33,7 +33,7 @@ def profile(bundle: Bundle, precision: str, graph: GraphSpec, threads: int, comp
         model = core.read_model(path)
         model.reshape({t.name: ov.PartialShape(list(t.concrete(1))) for t in graph.inputs})
     except RuntimeError as e:
-        raise BundleError(f"OpenVINO {ov.get_version()} refuses {path} ({str(e).splitlines()[0][:200]}); export the "
+        raise BundleError(f"OpenVINO {ov.get_version()} refuses {path} ({first_line(e)}); export the "
                           "bundle again or change the openvino version.") from e
     # Not the runtime's cache: what is kept there was compiled without counters.
     config = {**settings(threads, check_precision(core, compute or None)), "PERF_COUNT": True}

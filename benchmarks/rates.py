@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from itertools import cycle
@@ -27,7 +28,7 @@ LEAST_CALLS = 4
 CACHE_FACTOR, LEAST_BYTES, MOST_BYTES = 4, 64 * 2**20, 256 * 2**20
 # One call copies this much and goes on where the last one stopped: short calls find a quiet moment on a busy machine.
 SLICE_BYTES = 8 * 2**20
-CACHE_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+CPUS = Path("/sys/devices/system/cpu")
 
 
 def best_seconds(call: Call) -> float:
@@ -44,9 +45,11 @@ def best_seconds(call: Call) -> float:
 
 def bandwidth(threads: int) -> float:
     """byte/s of copies by several threads; numpy releases the interpreter's lock."""
-    source = np.ones(_copy_bytes() // 8)
+    whole = _copy_bytes()
+    source = np.ones(whole // 8)
     target = np.zeros_like(source)
-    step = SLICE_BYTES // 8
+    # No two threads may copy the same slice at once.
+    step = min(SLICE_BYTES, whole // (2 * threads)) // 8
     pairs = cycle([(target[i:i + step], source[i:i + step]) for i in range(0, len(source) - step + 1, step)])
     with ThreadPoolExecutor(threads) as pool:
         def copy() -> None:
@@ -54,15 +57,22 @@ def bandwidth(threads: int) -> float:
             for done in [pool.submit(np.copyto, *next(pairs)) for _ in range(threads)]:
                 done.result()
 
-        return 2 * threads * SLICE_BYTES / best_seconds(copy)
+        return 2 * threads * step * 8 / best_seconds(copy)
 
 
 def _copy_bytes() -> int:
-    try:
-        cache = int(CACHE_SIZE.read_text("ascii").strip().removesuffix("K")) * 1024
-    except (OSError, ValueError):
-        cache = 0  # not Linux: the least size is far beyond the caches of most
-    return min(max(CACHE_FACTOR * cache, LEAST_BYTES), MOST_BYTES)
+    return min(max(CACHE_FACTOR * _cache_bytes(), LEAST_BYTES), MOST_BYTES)
+
+
+def _cache_bytes() -> int:
+    """Last-level cache of all cores together; clusters of cores have one each."""
+    sizes: dict[str, int] = {}
+    for folder in CPUS.glob("cpu[0-9]*/cache/index3"):
+        # Not Linux, or hidden: the least size is far beyond the caches of most.
+        with suppress(OSError, ValueError):
+            shared = (folder / "shared_cpu_list").read_text("ascii").strip()
+            sizes[shared] = int((folder / "size").read_text("ascii").strip().removesuffix("K")) * 1024
+    return sum(sizes.values())
 
 
 def sides(threads: int) -> tuple[int, ...]:

@@ -106,14 +106,15 @@ def merge(files: Sequence[Path]) -> list[dict[str, Any]]:
     """Read results of several devices, for one report.
 
     Raises:
-        BenchmarkError: one cannot be read, or they are of different models.
+        BenchmarkError: one cannot be read, or they are of different models or input sides.
     """
     found = [read(f) for f in files]
     if not found:
         raise BenchmarkError("nothing to merge; name at least one result.")
-    models = {f["model"]["name"] for f in found}
+    models = {f"{f['model']['name']} at {f['model']['image_size']} x {f['model']['image_size']}" for f in found}
     if len(models) > 1:
-        raise BenchmarkError(f"the results are of different models ({', '.join(sorted(models))}); merge one model's.")
+        raise BenchmarkError(f"the results are of different models ({', '.join(sorted(models))}); merge one model's, "
+                             "of one input side.")
     return found
 
 
@@ -177,7 +178,7 @@ def to_csv(results: Sequence[dict[str, Any]]) -> str:
     out = io.StringIO()
     graphs = [f"{g}_{n}" for g in GRAPHS for n in ("min_ms", "p50_ms", "p90_ms", "p99_ms", "spread", "first_ms")]
     names = ["device", "model", *ROW_KEYS, "compute", "version", "mb", "load_ms", "peak_mb", *graphs,
-             "encoder_times_pytorch", "encoder_times_floor", "agreement_mean", "slower_than"]
+             "encoder_times_pytorch", "encoder_times_against", "encoder_times_floor", "agreement_mean", "slower_than"]
     writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()
     for result in results:
@@ -193,7 +194,8 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
         numbers = row.get(graph) or {}
         flat |= {f"{graph}_{n}": numbers.get(n) for n in ("min_ms", "p50_ms", "p90_ms", "p99_ms", "spread", "first_ms")}
     encoder = row.get("encoder") or {}
-    flat["encoder_times_pytorch"] = (encoder.get("times_pytorch") or {}).get("value")
+    for name in ("times_pytorch", "times_against"):
+        flat[f"encoder_{name}"] = (encoder.get(name) or {}).get("value")
     flat["encoder_times_floor"] = (encoder.get("floor") or {}).get("times_floor")
     flat["agreement_mean"] = mean_agreement(row)
     return flat

@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 from pocketsam.benchmarks.ceiling import Ceiling, ceiling, floor_ms
-from pocketsam.benchmarks.operators import NoProfiler, OperatorTime, by_kind, fallbacks, slowest
+from pocketsam.benchmarks.operators import NoProfiler, OperatorTime, fallbacks, slowest
 from pocketsam.benchmarks.work import Work, count
 
-__all__ = ["Ceiling", "NoProfiler", "OperatorTime", "Work", "by_kind", "ceiling", "count", "fallbacks", "floor_ms",
+__all__ = ["Ceiling", "NoProfiler", "OperatorTime", "Work", "ceiling", "count", "fallbacks", "floor_ms",
            "slowest"]

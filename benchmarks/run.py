@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pocketsam.benchmarks import accuracy, latency, roofline
-from pocketsam.benchmarks.latency import GRAPHS, Measured, Plan
+from pocketsam.benchmarks.latency import GRAPHS, Measured
+from pocketsam.benchmarks.options import Options, check_against, check_computes, check_counts, check_threads
 from pocketsam.benchmarks.page import page
 from pocketsam.benchmarks.results import header, held, mark_slower, precision_of, to_csv, write
-from pocketsam.benchmarks.targets import EVALUATOR_NOTE, Target, open_target, target_of, targets_of
+from pocketsam.benchmarks.targets import EVALUATOR_NOTE, open_target, target_of, targets_of
 from pocketsam.bundle import Bundle, read_bundle
-from pocketsam.doctor import machine
-from pocketsam.errors import BenchmarkError, PocketSamError, UnknownName, UsageError
-from pocketsam.files import staged_file
+from pocketsam.errors import PocketSamError
+from pocketsam.files import check_writable, staged_file
 from pocketsam.images import load_rgb
 from pocketsam.parity import compare
 from pocketsam.photos import photo_paths
 from pocketsam.predictor import Predictor
-from pocketsam.registry import OPENVINO_PRECISIONS
 from pocketsam.remembered import Remembered
 
 RESULT, CSV, PAGE = "bench.json", "bench.csv", "bench.html"
@@ -29,44 +28,9 @@ RESULT, CSV, PAGE = "bench.json", "bench.csv", "bench.html"
 SLOWEST = 10
 KINDS = 8
 EVERY = 100_000
-# int8 recipe -> what its products are computed in; the others compute as the file's precision, or as asked.
-RATES = {"int8": "int8", "int8-dynamic": "int8", "int8-weights": "fp32"}
+# int8 recipe -> what its products are computed in; the others compute in floats.
+RATES = {"int8": "int8", "int8-dynamic": "int8"}
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to measure.
-
-    Attributes:
-        threads: CPU threads, one set of rows for each.
-        plan: rounds and calls.
-        checkpoint: of the PyTorch reference; the built-in model needs none.
-        against: a runtime that ratios of the same thread count are taken to as well, or empty.
-        data: labelled pack or COCO folder for accuracy; without, the agreement measured at export stands.
-        images, prompts, regions: size of the accuracy part.
-        compiled: measure torch.compile too.
-        operators: profile the operators of each runtime.
-        device: name of this device in reports.
-        rivals: further targets, measured in the same rounds.
-        computes: what OpenVINO computes in besides f32: ``bf16``, ``f16``.
-        photos: for the agreement of those, where ``data`` gives none.
-    """
-
-    threads: tuple[int, ...] = ()
-    plan: Plan = field(default_factory=Plan)
-    checkpoint: str = ""
-    against: str = ""
-    data: Path | None = None
-    images: int = 60
-    prompts: int = 8
-    regions: int = 16
-    compiled: bool = False
-    operators: bool = True
-    device: str = ""
-    rivals: tuple[Target, ...] = ()
-    computes: tuple[str, ...] = ()
-    photos: int = 3
 
 
 def run(bundle: Path, options: Options, out: Path, report: Report) -> dict[str, Any]:
@@ -78,7 +42,9 @@ def run(bundle: Path, options: Options, out: Path, report: Report) -> dict[str, 
 
     Raises:
         BundleError: no bundle.
-        BenchmarkError: unusable thread counts, or nothing could be timed.
+        BenchmarkError: unusable thread counts, a runtime or precision that is not there, or nothing could be timed.
+        CheckpointError: ``data`` needs a reference, and this one has other weights than the bundle.
+        OutputError: ``out`` cannot be written.
         UsageError: a count below its least.
         LabelError: unusable data.
         PocketSamError: the PyTorch reference, which ``data`` needs, cannot be opened.
@@ -86,11 +52,11 @@ def run(bundle: Path, options: Options, out: Path, report: Report) -> dict[str, 
     opened = read_bundle(bundle)
     threads = check_threads(options.threads)
     check_counts(options)
-    computes = check_computes(options.computes)
+    computes = check_computes(options.computes, opened)
     targets = [*targets_of(opened, list(threads), options.checkpoint, options.compiled, computes), *options.rivals]
-    if options.against and options.against not in {t.runtime for t in targets}:
-        raise BenchmarkError(f"no {options.against} in {bundle} to compare against; it has "
-                             f"{', '.join(sorted({t.runtime for t in targets}))}.")
+    if options.against:
+        check_against(options.against, targets, opened)
+    check_writable(out / RESULT)
     samples = accuracy.open_data(options.data) if options.data else None
     if samples is not None:
         # Dropped at once: an error now is worth more than one after all rounds, and the memory is for what is timed.
@@ -115,45 +81,6 @@ def run(bundle: Path, options: Options, out: Path, report: Report) -> dict[str, 
     result["complete"] = True
     _save(result, out)
     return result
-
-
-def check_threads(threads: tuple[int, ...]) -> tuple[int, ...]:
-    """All cores when none is given.
-
-    Raises:
-        BenchmarkError: fewer than 1, or more than this process may use.
-    """
-    cores = int(machine()["cores"])
-    for count in threads:
-        if not 1 <= count <= cores:
-            raise BenchmarkError(f"threads is {count}; expected 1 to {cores}, the cores of this machine.")
-    return tuple(dict.fromkeys(threads)) or (cores,)
-
-
-def check_counts(options: Options) -> None:
-    """Every number of things to measure.
-
-    Raises:
-        UsageError: one is below its least.
-    """
-    # Half of the prompts are boxes, half are points.
-    for name, value, least in (("rounds", options.plan.rounds, 1), ("images", options.images, 1),
-                               ("prompts", options.prompts, 2), ("regions", options.regions, 1),
-                               ("photos", options.photos, 1)):
-        if value < least:
-            raise UsageError(f"{name} is {value}; expected at least {least}.")
-
-
-def check_computes(computes: tuple[str, ...]) -> tuple[str, ...]:
-    """What OpenVINO may be asked to compute in.
-
-    Raises:
-        UnknownName: something else.
-    """
-    for compute in computes:
-        if compute not in OPENVINO_PRECISIONS:
-            raise UnknownName("inference precision", compute, OPENVINO_PRECISIONS)
-    return computes
 
 
 def write_reports(results: list[dict[str, Any]], out: Path) -> None:
@@ -205,19 +132,20 @@ def _add_floor(bundle: Bundle, result: dict[str, Any], threads: tuple[int, ...],
             ceilings[count] = roofline.ceiling(count)
     result["ceilings"] = [asdict(c) for c in ceilings.values()]
     for row in result["rows"]:
-        if row["status"] != "ok" or not row["format"]:
+        if row["status"] != "ok" or not (row["format"] or row["reference"]):
             continue
         name = f"{row['runtime']} {precision_of(row)}"
-        with _optional(f"floor of {name}", report):
-            _add_work(bundle, row, ceilings.get(row["threads"]))
+        if row["format"]:
+            with _optional(f"floor of {name}", report):
+                _add_work(bundle, row, ceilings.get(row["threads"]))
         if options.operators and row["threads"] == max(threads):
             with _optional(f"operators of {name}", report):
-                _add_operators(bundle, row, report)
+                _add_operators(bundle, row, options, report)
 
 
 def _add_work(bundle: Bundle, row: dict[str, Any], ceiling: roofline.Ceiling | None) -> None:
     """FLOPs and bytes of both graphs, and their floor where the machine's rate is known."""
-    rate = RATES.get(row["precision"], row["compute"] or row["precision"])
+    rate = RATES.get(row["precision"]) or row["compute"] or "fp32"
     for graph in GRAPHS:
         work = roofline.count(bundle, row["format"], row["precision"], graph)
         row[graph] |= {"flops": work.flops, "bytes": work.bytes}
@@ -226,12 +154,14 @@ def _add_work(bundle: Bundle, row: dict[str, Any], ceiling: roofline.Ceiling | N
             row[graph]["floor"] = {"ms": round(floor, 3), "times_floor": round(row[graph]["p50_ms"] / floor, 2)}
 
 
-def _add_operators(bundle: Bundle, row: dict[str, Any], report: Report) -> None:
+def _add_operators(bundle: Bundle, row: dict[str, Any], options: Options, report: Report) -> None:
     report(f"profiling {row['runtime']} {precision_of(row)}")
-    asked = bundle, row["runtime"], row["precision"], "encoder", row["threads"]
-    row["fallbacks"] = roofline.fallbacks(*asked, compute=row["compute"] or "f32")
+    runtime = _reference(bundle, row["threads"], options).runtime if row["reference"] else row["runtime"]
+    compute = row["compute"] or "f32"
+    off = [roofline.fallbacks(bundle, runtime, row["precision"], g, row["threads"], compute) for g in GRAPHS]
+    row["fallbacks"] = sum(off) if None not in off else None
     try:
-        found = roofline.slowest(*asked, count=EVERY, compute=row["compute"] or "f32")
+        found = roofline.slowest(bundle, runtime, row["precision"], "encoder", row["threads"], EVERY, compute)
     except roofline.NoProfiler as e:
         row["encoder"]["operators"] = {"problem": str(e), "slowest": [], "kinds": {}}
         return
@@ -260,9 +190,11 @@ def _add_agreement(bundle: Bundle, result: dict[str, Any], options: Options, rep
 
 
 def _reference(bundle: Bundle, threads: int, options: Options) -> Predictor:
-    """PyTorch, in the most threads that are measured."""
+    """PyTorch with the bundle's weights, in the most threads that are measured."""
     found = targets_of(bundle, [threads], options.checkpoint)
-    return Predictor(open_target(next(t for t in found if t.reference)))
+    opened = Predictor(open_target(next(t for t in found if t.reference)))
+    bundle.check_weights(opened.weights_sha256)
+    return opened
 
 
 def _add_accuracy(bundle: Bundle, result: dict[str, Any], samples: accuracy.Data, options: Options,
@@ -272,6 +204,8 @@ def _add_accuracy(bundle: Bundle, result: dict[str, Any], samples: accuracy.Data
     """
     most = max(result["settings"]["threads"])
     reference = _reference(bundle, most, options)
+    if samples.left_out:
+        report(f"not used of {options.data}: " + ", ".join(f"{n} x {why}" for why, n in samples.left_out.items()))
     report("quality of pytorch fp32")
     truth = accuracy.quality(reference, samples.spread(options.images), options.regions)
     # Every candidate is compared on the same prompts; the labels are asked once.

@@ -26,6 +26,8 @@ def note(row: dict[str, Any]) -> str:
     found = [] if row["status"] == "ok" else [row["status"]]
     if layers := (row.get("float_layers") or {}).get("encoder"):
         found.append(f"{layers} layer{'s' if layers > 1 else ''} of the encoder in float")
+    found += [f"{graph} {r['value']:.2f} x {r['to']}" for graph in ("encoder", "decoder")
+              if (r := (row.get(graph) or {}).get("times_against")) and "to" in r]
     if row.get("slower_than"):
         found.append(f"slower than {row['slower_than']}, which is more accurate")
     if fallbacks := row.get("fallbacks"):

@@ -19,28 +19,28 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pocketsam.benchmarks.targets import Target, open_target
-from pocketsam.errors import PocketSamError
+from pocketsam.errors import first_line
 
 # PR_SET_PDEATHSIG of prctl(2).
 SET_DEATH_SIGNAL = 1
 
 
 def main() -> None:
-    """Serve until standard input ends; a runtime that cannot be opened is told as ``{"problem": ...}``."""
+    """Serve until standard input ends; what an engine or a target fails with is told as ``{"problem": ...}``."""
     answers = _own_stdout()
     die_with_parent()
     target = Target(**json.loads(sys.argv[1]))
     pin(target.threads)
+    # Engines have classes of their own, ONNX Runtime's no common one.
     try:
         calls, facts = prepare(target)
-    except (PocketSamError, RuntimeError, ValueError, MemoryError) as e:
-        _say(answers, {"problem": f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}"})
-        return
-    _say(answers, facts)
-    for line in sys.stdin:
-        graph, count = line.split()
-        times = [_milliseconds(calls[graph]) for _ in range(int(count))]
-        _say(answers, {"times": times, "peak_mb": peak_mb()})
+        _say(answers, facts)
+        for line in sys.stdin:
+            graph, count = line.split()
+            times = [_milliseconds(calls[graph]) for _ in range(int(count))]
+            _say(answers, {"times": times, "peak_mb": peak_mb()})
+    except Exception as e:
+        _say(answers, {"problem": f"{type(e).__name__}: {first_line(e)}"})
 
 
 def prepare(target: Target) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:

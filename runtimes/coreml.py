@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pocketsam.batching import ENTRY_BATCHES, decode_padded
 from pocketsam.bundle import Bundle
-from pocketsam.errors import BundleError, UsageError
+from pocketsam.errors import BundleError, MissingDependency, UsageError
 from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
 from pocketsam.registry import RUNTIME_VARIABLES
@@ -153,7 +153,10 @@ def _on_macos(path: Path, functions: Sequence[str | None], unit: str, threads: i
 
 
 def _evaluators(path: Path, functions: Sequence[str | None], unit: str, threads: int | None) -> list[Program]:
-    import torch
+    try:
+        import torch
+    except ModuleNotFoundError as e:
+        raise MissingDependency("torch", "torch", "running Core ML files off a Mac, by the evaluator,") from e
 
     from pocketsam.runtimes.mil.evaluate import Evaluator
     from pocketsam.runtimes.mil.program import load_package

@@ -25,7 +25,7 @@ except ModuleNotFoundError as missing:
 
 from pocketsam.batching import ENTRY_BATCHES, decode_padded
 from pocketsam.bundle import Bundle
-from pocketsam.errors import BundleError
+from pocketsam.errors import BundleError, first_line
 from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
 from pocketsam.runtime import Features, Tensors
@@ -99,7 +99,7 @@ def _interpreter(path: Path, threads: int | None) -> Any:
         interpreter = Interpreter(model_path=str(path), num_threads=threads)
         interpreter.allocate_tensors()
     except (ValueError, RuntimeError) as e:
-        raise BundleError(f"{ENGINE} {metadata.version(ENGINE)} refuses {path} ({str(e).splitlines()[0][:200]}); "
+        raise BundleError(f"{ENGINE} {metadata.version(ENGINE)} refuses {path} ({first_line(e)}); "
                           f"export the bundle again or change the {ENGINE} version.") from e
     return interpreter
 

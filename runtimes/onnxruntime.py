@@ -11,7 +11,7 @@ from typing import Any
 import onnxruntime as ort
 
 from pocketsam.bundle import Bundle, onnx_file
-from pocketsam.errors import BundleError
+from pocketsam.errors import BundleError, first_line
 from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
 from pocketsam.runtime import Features, Tensors
@@ -97,7 +97,7 @@ def open_session(path: Path, threads: int | None, profile: Path | None = None) -
     try:
         return ort.InferenceSession(str(onnx_file(path)), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # ONNX Runtime raises a dozen unrelated classes for a file that it refuses
-        raise BundleError(f"ONNX Runtime {ort.__version__} refuses {path} ({str(e).splitlines()[0][:200]}); "
+        raise BundleError(f"ONNX Runtime {ort.__version__} refuses {path} ({first_line(e)}); "
                           "export the bundle again or change the onnxruntime version.") from e
 
 

@@ -13,7 +13,7 @@ import openvino as ov
 
 from pocketsam.batching import decode_padded
 from pocketsam.bundle import IR_FILE, Bundle
-from pocketsam.errors import BundleError, UsageError
+from pocketsam.errors import BundleError, UsageError, first_line
 from pocketsam.files import cache_root
 from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
@@ -127,7 +127,7 @@ class OpenVinoRuntime:
         try:
             model = self._core.read_model(path)
         except RuntimeError as e:
-            raise BundleError(f"OpenVINO {ov.get_version()} refuses {path} ({str(e).splitlines()[0][:200]}); "
+            raise BundleError(f"OpenVINO {ov.get_version()} refuses {path} ({first_line(e)}); "
                               "export the bundle again or change the openvino version.") from e
         got = ([i.get_any_name() for i in model.inputs], [o.get_any_name() for o in model.outputs])
         if got != (graph.input_names, graph.output_names):

@@ -16,8 +16,9 @@ import pytest
 from pocketsam.benchmarks import accuracy, latency, processes, roofline
 from pocketsam.benchmarks.accuracy import agreement
 from pocketsam.benchmarks.latency import Measured, Plan
+from pocketsam.benchmarks.options import Options, check_counts
 from pocketsam.benchmarks.results import commit, read, write
-from pocketsam.benchmarks.run import Options, _add_agreement, _add_work, check_counts, run
+from pocketsam.benchmarks.run import _add_agreement, _add_work, run
 from pocketsam.benchmarks.targets import Target
 from pocketsam.bundle import read_bundle
 from pocketsam.errors import BenchmarkError, MissingDependency, UsageError

@@ -29,8 +29,9 @@ from pages import page, sections
 
 import pocketsam
 from pocketsam.benchmarks.latency import Plan
+from pocketsam.benchmarks.options import Options
 from pocketsam.benchmarks.results import mark_slower, read, write
-from pocketsam.benchmarks.run import RESULT, Options, run, write_reports
+from pocketsam.benchmarks.run import RESULT, run, write_reports
 from pocketsam.benchmarks.tables import HEADS, accuracy_rows, cells, facts, source_rows
 from pocketsam.benchmarks.targets import Target
 from pocketsam.builtin import BUILTIN_MODEL, checkpoint_for
@@ -109,10 +110,12 @@ def measure(model: str, args: argparse.Namespace) -> None:
         return
     checkpoint = find_checkpoint(model, args.checkpoints or args.work)
     bundle = args.work / f"{model}.bundle"
-    if not holds_everything(bundle):
+    weights = checkpoint_for(model, checkpoint)
+    if not holds_everything(bundle, sha256_file(weights)):
         export(model, checkpoint, bundle, folder, args.calibration)
     led = model in MODELS
-    others = rival_targets(model, checkpoint_for(model, checkpoint), args.work / f"{model}.rivals") if led else ()
+    plain = args.work / f"{model}.rivals" / sha256_file(weights)[:12]
+    others = rival_targets(model, weights, plain) if led else ()
     heavy = model.startswith(HEAVY)
     rounds = max(3, args.rounds // 3) if heavy else args.rounds
     plan = Plan(rounds, extra=rounds // 2, **({"calls": (1, 10), "warmup": 1} if heavy else {}))
@@ -120,7 +123,7 @@ def measure(model: str, args: argparse.Namespace) -> None:
     options = Options(plan=plan, checkpoint=str(checkpoint or ""), data=data, images=args.images, regions=8,
                       rivals=others, operators=led, compiled=led, computes=("bf16",), photos=3 if led else 1)
     result = run(bundle, options, folder, print)
-    add_rival_facts(result, model, checkpoint, others, args.work / f"{model}.rivals")
+    add_rival_facts(result, model, checkpoint, others, plain)
     result["model"]["trained"] = is_trained(model, checkpoint)
     write(result, folder / RESULT)
     write_reports([result], folder)
@@ -171,12 +174,14 @@ def export(model: str, checkpoint: Path | None, bundle: Path, folder: Path, cali
     (folder / REFUSED).write_text(json.dumps(refused, indent=2) + "\n", encoding="utf-8")
 
 
-def holds_everything(bundle: Path) -> bool:
-    """Whether a bundle is there with an encoder for every format and precision that is measured."""
+def holds_everything(bundle: Path, file_sha256: str) -> bool:
+    """Whether a bundle of these weights is there with an encoder for every format and precision that is measured."""
     if not bundle.is_dir():
         return False
-    held = {(a.format, a.precision) for a in read_bundle(bundle).artifacts if a.graph == "encoder"}
-    return held >= {(f, p) for f in TIMED for p in PRECISIONS if (f, p) != ("onnx", "fp16")}
+    opened = read_bundle(bundle)
+    held = {(a.format, a.precision) for a in opened.artifacts if a.graph == "encoder"}
+    wanted = {(f, p) for f in TIMED for p in PRECISIONS if (f, p) != ("onnx", "fp16")}
+    return opened.weights.get("file_sha256") == file_sha256 and held >= wanted
 
 
 def is_trained(model: str, checkpoint: Path | None) -> bool:

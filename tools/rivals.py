@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pocketsam.benchmarks.targets import Target
+from pocketsam.files import staged_file
 from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
 from pocketsam.models.catalog import spec as spec_of
@@ -44,10 +45,12 @@ def make(model: str, checkpoint: Path, folder: Path) -> None:
                                             input_names=spec.input_names, output_names=spec.output_names,
                                             verbose=False)
                 assert program is not None
-                program.save(str(plain), external_data=False)
+                with staged_file(plain) as staged:
+                    program.save(str(staged), external_data=False)
         dynamic = folder / f"dynamic.{name}.onnx"
         if not dynamic.exists():
-            quantize_dynamic(str(plain), str(dynamic), weight_type=QuantType.QInt8)
+            with staged_file(dynamic) as staged:
+                quantize_dynamic(str(plain), str(staged), weight_type=QuantType.QInt8)
 
 
 class PlainOnnx:

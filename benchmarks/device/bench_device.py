@@ -31,14 +31,14 @@ def kernel(path: str, name: str) -> str:
     return str((re.findall(rf"^(?:{name})\s*: *(.*)$", text, re.MULTILINE) or [""])[0])
 
 
+kit = json.loads((HERE / "kit.json").read_text("utf-8"))
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--threads", type=int, default=2)
 parser.add_argument("--device", default=platform.machine(), help="what the report calls this device")
-parser.add_argument("-o", "--out", type=Path, default=HERE / "result.json")
+parser.add_argument("-o", "--out", type=Path, default="bench-{runtime}-{precision}.json".format(**kit["row"]))
 args = parser.parse_args()
-if args.threads < 1:
-    parser.error(f"threads is {args.threads}; expected at least 1.")
-kit = json.loads((HERE / "kit.json").read_text("utf-8"))
+if args.threads < 1 or not args.out.parent.is_dir():
+    parser.error(f"expected at least 1 thread, not {args.threads}, and --out in a folder that exists, not {args.out}.")
 for name, digest in kit["files"].items():
     if not (HERE / name).is_file() or hashlib.sha256((HERE / name).read_bytes()).hexdigest() != digest:
         raise SystemExit(f"{HERE / name} is missing or does not match its recorded sha256; copy the folder again.")

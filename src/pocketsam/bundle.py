@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pocketsam.errors import BundleError, UnknownName
+from pocketsam.errors import BundleError, CheckpointError, UnknownName
 from pocketsam.files import sha256_path, size_of
 from pocketsam.specs import CLICK_GRAPHS, ModelSpec
 
@@ -87,6 +87,16 @@ class Bundle:
             if row.precision == precision:
                 return row
         raise UnknownName("precision", precision, [a.precision for a in rows])
+
+    def check_weights(self, sha256: str) -> None:
+        """That a reference has the weights that this was exported from.
+
+        Raises:
+            CheckpointError: it has others.
+        """
+        if sha256 != self.weights_sha256:
+            raise CheckpointError(f"{self.root} was exported from other weights than the checkpoint given; "
+                                  "pass the checkpoint that it was made from.")
 
     def has_clicks(self, format: str, precision: str) -> bool:
         """Whether it holds the graphs for many clicks, in the form of this version; not every bundle does."""

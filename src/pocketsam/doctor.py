@@ -79,4 +79,13 @@ def _cpu() -> tuple[str, set[str]]:
         return platform.processor() or "unknown", set()
     fields = (line.split(":", 1) for line in text.splitlines() if ":" in line)
     clean = {k.strip(): v.strip() for k, v in fields}
-    return clean.get("model name", "unknown"), set((clean.get("flags") or clean.get("Features") or "").split())
+    # ARM kernels name the board, or nothing.
+    name = clean.get("model name") or clean.get("Model") or clean.get("Hardware") or _board() or platform.machine()
+    return name or "unknown", set((clean.get("flags") or clean.get("Features") or "").split())
+
+
+def _board() -> str:
+    try:
+        return Path("/proc/device-tree/model").read_text(encoding="utf-8", errors="replace").strip("\0 \n")
+    except OSError:
+        return ""

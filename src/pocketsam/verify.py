@@ -9,7 +9,7 @@ from typing import Any
 from pocketsam.api import open_bundle
 from pocketsam.bundle import Bundle
 from pocketsam.clicks import has_click_graphs
-from pocketsam.errors import BundleError, CheckpointError, PocketSamError
+from pocketsam.errors import BundleError, PocketSamError
 from pocketsam.images import Rgb
 from pocketsam.parity import GATES, compare, compare_clicks
 from pocketsam.predictor import Predictor
@@ -53,9 +53,7 @@ def verify(bundle: Bundle, reference: Predictor, images: Sequence[Rgb], seed: in
     """
     if not bundle.artifacts:
         raise BundleError(f"{bundle.root} holds no artifact; export one with --to.")
-    if reference.weights_sha256 != bundle.weights_sha256:
-        raise CheckpointError(f"{bundle.root} was exported from other weights than the checkpoint given; "
-                              "pass the checkpoint that it was made from.")
+    bundle.check_weights(reference.weights_sha256)
     rows = []
     for format_, precision in sorted({(a.format, a.precision) for a in bundle.artifacts}):
         report(f"measuring {format_} {precision} on {len(images)} images")

@@ -48,7 +48,8 @@ def run(
 ) -> None:
     """Measure a bundle, and write the numbers and one page."""
     from pocketsam.benchmarks.latency import QUICK, Plan
-    from pocketsam.benchmarks.run import PAGE, RESULT, Options
+    from pocketsam.benchmarks.options import Options
+    from pocketsam.benchmarks.run import PAGE, RESULT
     from pocketsam.benchmarks.run import run as measure
 
     plan = QUICK if quick else Plan()
@@ -124,7 +125,8 @@ def kit(
 @app.command()
 def merge(
     results: Annotated[list[Path], typer.Argument(help="bench.json files of several devices.")],
-    output: Out = Path("bench"),
+    output: Annotated[Path, typer.Option("-o", "--output",
+                                         help="Folder for bench.csv and bench.html.")] = Path("merged"),
 ) -> None:
     """Put the results of several devices into one page and one CSV."""
     from pocketsam.benchmarks.results import merge as together
