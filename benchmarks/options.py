@@ -83,12 +83,12 @@ def check_computes(computes: tuple[str, ...], bundle: Bundle) -> tuple[str, ...]
         UnknownName: something else.
         BenchmarkError: the bundle has no file of OpenVINO.
     """
-    if computes and "openvino" not in bundle.formats():
-        raise BenchmarkError(f"only OpenVINO can be asked to compute in {' and '.join(computes)}, and {bundle.root} "
-                             "holds no file for it; export it with --to openvino.")
     for compute in computes:
         if compute not in OPENVINO_PRECISIONS:
             raise UnknownName("inference precision", compute, OPENVINO_PRECISIONS)
+    if computes and "openvino" not in bundle.formats():
+        raise BenchmarkError(f"only OpenVINO can be asked to compute in {' and '.join(computes)}, and {bundle.root} "
+                             "holds no file for it; export it with --to openvino.")
     return computes
 
 

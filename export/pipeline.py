@@ -16,11 +16,12 @@ import pocketsam
 from pocketsam import registry
 from pocketsam.api import open_bundle
 from pocketsam.bundle import MANIFEST, Artifact, Bundle, to_json
-from pocketsam.errors import OutputError, ParityError, UnknownName, UnsupportedModel, UsageError
+from pocketsam.errors import OutputError, ParityError, UsageError
 from pocketsam.export import rewrites
 from pocketsam.export.conversions import Conversion, Source, convert_all, module
 from pocketsam.export.existing import bring, carry_over, check_same, existing, standing
-from pocketsam.export.graphs import Graph, bytes_of
+from pocketsam.export.graphs import Graph
+from pocketsam.export.request import check_request, check_sizes, floats_of
 from pocketsam.files import sha256_file, sha256_path, size_of, staged_folder
 from pocketsam.images import ImageLike, Rgb, load_rgb
 from pocketsam.models.catalog import spec as spec_of
@@ -48,15 +49,16 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
         formats, precisions: what to make, e.g. ``["onnx"]`` and ``["fp32"]``.
         out: the bundle folder; an existing bundle is extended, unchanged artifacts are kept as they are.
         slots: fixed prompt slots of the decoder.
-        gate: least mean mask agreement; by default 0.999 for fp32.
+        gate: least mean mask agreement; by default 0.999 for fp32. Where an int8 recipe is asked for it is for that
+            alone, and the float artifacts are held to their defaults.
         image_size: input side instead of the model's own; positional tables are resized once, and the agreement of
             PyTorch at this side with PyTorch at the native one is stored in ``weights["native_agreement"]``.
         images: images to measure on; by default photos that ship with the package.
         clicks: make the click graphs too, for models that have them.
         report: called with one line per step.
-        calibration: for int8: folder or pack of images; by default the photos that ship with the package.
+        calibration: for int8 only: folder or pack of images; by default the photos that ship with the package.
         calibration_images: for int8: how many images to calibrate on.
-        search_seconds: for int8: how long to look for layers to keep in float when a gate is missed.
+        search_seconds: for int8 only: how long to look for layers to keep in float when a gate is missed.
         jobs: processes that convert the float graphs, each of which holds the model.
 
     Raises:
@@ -67,9 +69,13 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
         OutputError: the folder cannot be written, or holds a bundle of another model, input side, number of slots or
             other weights.
     """
-    exporters = _check(formats, precisions, slots, gate, jobs)
+    precisions = list(dict.fromkeys(precisions))
+    exporters = check_request(spec_of(model), formats, precisions, slots, gate, jobs)
     recipes = [p for p in precisions if p in registry.RECIPES]
-    asked, precisions = precisions, _floats(precisions)
+    if not recipes and (calibration is not None or search_seconds):
+        raise UsageError(f"a calibration source and a search are for {', '.join(registry.RECIPES)}, and none of these "
+                         "precisions was asked for; name one, or leave them out.")
+    asked, precisions = precisions, floats_of(precisions)
     before, old = standing(out), existing(out)
     rgbs = [load_rgb(i) for i in images] if images else [load_rgb(p) for p in photo_paths()[:PARITY_IMAGES]]
     report(f"loading {checkpoint}")
@@ -83,13 +89,18 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
     report(f"weights licence of {model}: {weights['licence']}")
     if image_size is not None:
         report(f"comparing PyTorch at {image_size} with PyTorch at the native side")
-        weights["native_agreement"] = native_agreement(model, checkpoint, image_size, rgbs)
+        weights["native_agreement"] = native_agreement(model, checkpoint, loaded, rgbs)
     spec = loaded.spec
-    _check_sizes(loaded, exporters)
+    check_sizes(loaded, exporters)
     check_same(old, spec, sha256, slots)
     rewrites.prepare(loaded)
     misses: list[str] = []
     if old is not None and old.spec != spec:
+        held = {(a.format, a.precision) for a in old.artifacts}
+        if lost := held - {(e.name, p) for e in exporters for p in precisions}:
+            raise OutputError(f"{out} was made by another version of pocketsam, which described {model} otherwise, and "
+                              f"cannot be extended; ask for all that it holds ({_pairs(lost)} too), or export to "
+                              "another folder.")
         report(f"{out} was made by another version of pocketsam and is made anew")
         old = None
     kept = [] if old is None else list(old.artifacts)
@@ -130,41 +141,6 @@ def export_bundle(model: str, *, checkpoint: Path, formats: Sequence[str], preci
     if misses:
         raise ParityError(f"{' '.join(misses)} {out} holds the rest.")
     return replace(bundle, root=out)
-
-
-def _check(formats: Sequence[str], precisions: Sequence[str], slots: int, gate: float | None, jobs: int) -> list[Any]:
-    if jobs < 1:
-        raise UsageError(f"jobs is {jobs}; expected at least 1.")
-    if not formats or not precisions:
-        raise UsageError("nothing to export: name at least one format and one precision.")
-    if not 2 <= slots <= 512:
-        raise UsageError(f"slots is {slots}; expected 2 to 512 (a box takes two).")
-    if gate is not None and not 0 <= gate <= 1:
-        raise UsageError(f"gate is {gate}; expected a mask IoU from 0 to 1.")
-    exporters = [registry.load("format", f) for f in dict.fromkeys(formats)]
-    for precision in precisions:
-        if precision not in registry.RECIPES and not any(precision in e.precisions for e in exporters):
-            known = {p for e in exporters for p in e.precisions}
-            raise UnknownName("precision", precision, {*known, *registry.RECIPES})
-    for recipe in (p for p in precisions if p in registry.RECIPES):
-        # A format without the recipe is reported when its turn comes; here it matters that some format has it.
-        registry.entry("pocketsam.quantize.build:available")([(e.name, e.runtime) for e in exporters], recipe,
-                                                             lambda text: None)
-    return exporters
-
-
-def _check_sizes(model: Any, exporters: Sequence[Any]) -> None:
-    size = bytes_of(model.image_encoder)
-    for exporter in exporters:
-        if exporter.name not in (fitting := registry.formats_of(size)):
-            raise UnsupportedModel(f"the encoder of {model.spec.name} has {size / 1e9:.2f} GB of weights, more than a "
-                                   f"file for {exporter.name} holds; choose of {', '.join(fitting)} with --to.")
-
-
-def _floats(precisions: Sequence[str]) -> list[str]:
-    """What to convert from torch: the float precisions, and fp32 where an int8 recipe starts from it."""
-    floats = [p for p in precisions if p not in registry.RECIPES]
-    return floats if "fp32" in floats or len(floats) == len(precisions) else ["fp32", *floats]
 
 
 def _make(source: Source, model: Any, exporters: Sequence[Any], precisions: Sequence[str], clicks: bool, sha256: str,
@@ -227,10 +203,19 @@ def _without_unasked(bundle: Bundle, asked: Sequence[str], kept: list[Artifact])
     return replace(bundle, artifacts=rows)
 
 
-def native_agreement(model: str, checkpoint: Path, image_size: int, images: list[Rgb]) -> dict[str, Any]:
-    """Masks of PyTorch at another input side against PyTorch at the native one, for the same prompts."""
-    open_reference = registry.load("runtime", "pytorch").from_checkpoint
-    native, other = (Predictor(open_reference(model, checkpoint, image_size=s)) for s in (None, image_size))
+def _pairs(held: set[tuple[str, str]]) -> str:
+    return ", ".join(f"{f} {p}" for f, p in sorted(held))
+
+
+def native_agreement(model: str, checkpoint: Path, loaded: Any, images: list[Rgb]) -> dict[str, Any]:
+    """Masks of PyTorch at another input side against PyTorch at the native one, for the same prompts.
+
+    Args:
+        loaded: the model at the other side.
+    """
+    runtime = registry.load("runtime", "pytorch")
+    native = Predictor(runtime.from_checkpoint(model, checkpoint))
+    other = Predictor(runtime(loaded, ""))
     return {"image_size": native.spec.image_size, **compare(native, other, images, tensors=False).summary()}
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pocketsam import registry
-from pocketsam.errors import CheckpointError, UsageError, first_line
+from pocketsam.errors import CheckpointError, MissingDependency, UsageError, first_line
 from pocketsam.models.catalog import spec as spec_of
 from pocketsam.models.checkpoints import FINGERPRINTS, HQ_KEY
 from pocketsam.models.keys import rename
@@ -68,9 +68,12 @@ def read_state_dict(path: Path) -> StateDict:
 
             data: Any = load_file(path)
         else:
-            data = torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped, the file's tensors need no memory beside the model's own.
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except CheckpointError:
         raise
+    except ModuleNotFoundError as e:
+        raise MissingDependency(str(e.name), "torch", f"reading {path.name}") from e
     except pickle.UnpicklingError as e:
         raise CheckpointError(f"checkpoint {path} is damaged or holds more than weights, and was not executed "
                               f"({first_line(e)}); download it again from the official place.") from e

@@ -46,7 +46,7 @@ class SegmentAnything(nn.Module):
 
         Args:
             features: from :meth:`encode`, batch 1, or batch B to decode one prompt per image.
-            point_coords: (B, N, 2) XY pixels in the S x S frame.
+            point_coords: (B, N, 2) XY pixels in the prompt frame, whose side is ``spec.frame_size``.
             point_labels: (B, N): 1, 0, 2 and 3 box corners, -1 padding point, -2 empty slot.
             mask_input: (B, 1, 4h, 4w) logits, or None when no prompt has a mask.
             has_mask_input: (B,) 0 or 1, or None as above.

@@ -64,14 +64,15 @@ class CalibrationSet:
 
         Args:
             runtime: an encoder and decoder in float.
-            slots: fixed prompt slots.
+            slots: fixed prompt slots; prompts that need more are left out.
             batch: prompts in one set of inputs; they are repeated to fill it.
         """
         rng = np.random.default_rng(self.seed)
         predictor = Predictor(runtime)
         for rgb in self.images:
             embedding = predictor.set_image(rgb)
-            prompts = _prompts(predictor, rgb.shape[1], rgb.shape[0], rng)
+            prompts = [p for p in _prompts(predictor, rgb.shape[1], rgb.shape[0], rng)
+                       if len(p.tokens(embedding.frame, runtime.spec)[1]) <= slots]
             for start in range(0, len(prompts), batch):
                 chosen = [prompts[i % len(prompts)] for i in range(start, start + batch)]
                 yield {**embedding.features, **decoder_inputs(chosen, embedding.frame, runtime.spec, slots)}
@@ -93,38 +94,42 @@ def collect(source: Path | None, spec: ModelSpec, count: int = CALIBRATION_IMAGE
     if count < 1:
         raise UsageError(f"the number of calibration images is {count}; expected at least 1.")
     rng = np.random.default_rng(seed)
-    images, skipped = _read(source, count, rng)
-    digests = [image_id(i) for i in images]
-    unique = [images[digests.index(d)] for d in dict.fromkeys(digests)]
-    warnings = _warnings(unique, len(images), spec)
+    unique, skipped, copies = _read(source, count, rng)
+    warnings = _warnings(list(unique.values()), copies, count, spec)
     if skipped:
         warnings.append(f"{len(skipped)} calibration files were skipped because they cannot be read: "
                         f"{'; '.join(skipped)}")
-    filled = [*unique, *(_variant(unique[i % len(unique)], rng) for i in range(count - len(unique)))]
+    photos = list(unique.values())
+    filled = [*photos, *(_variant(photos[i % len(photos)], rng) for i in range(count - len(photos)))]
     name = "photos that ship with pocketsam" if source is None else source.name
     return CalibrationSet(tuple(filled), name, len(unique), tuple(skipped), tuple(warnings), seed,
-                          image_id(np.frombuffer("".join([*sorted(set(digests)), str((count, seed))]).encode(),
+                          image_id(np.frombuffer("".join([*sorted(unique), str((count, seed))]).encode(),
                                                  np.uint8)[None, :, None]))
 
 
-def _read(source: Path | None, count: int, rng: np.random.Generator) -> tuple[list[Rgb], list[str]]:
+def _read(source: Path | None, count: int, rng: np.random.Generator) -> tuple[dict[str, Rgb], list[str], int]:
+    """At most ``count`` different photos by their digest, what could not be read, and how many copies were met."""
     if source is not None and is_pack(source):
         return pack_images(source, count, rng)
     paths = photo_paths() if source is None else _files(source)
-    images: list[Rgb] = []
+    unique: dict[str, Rgb] = {}
     skipped: list[str] = []
+    copies = 0
     order = [paths[i] for i in rng.permutation(len(paths))] if len(paths) > count else paths
     for path in order:
-        if len(images) == count:
+        if len(unique) == count:
             break
         try:
-            images.append(load_rgb(path))
+            image = load_rgb(path)
         except ImageError as e:
             skipped.append(f"{path.name} ({e})")
-    if not images:
+            continue
+        copies += image_id(image) in unique
+        unique.setdefault(image_id(image), image)
+    if not unique:
         raise ImageError(f"none of the {len(paths)} calibration images in {source} can be read; the first: "
                          f"{skipped[0]}")
-    return images, skipped
+    return unique, skipped, copies
 
 
 def _files(folder: Path) -> list[Path]:
@@ -134,16 +139,17 @@ def _files(folder: Path) -> list[Path]:
     return photos_in(folder)
 
 
-def _warnings(unique: Sequence[Rgb], given: int, spec: ModelSpec) -> list[str]:
+def _warnings(unique: Sequence[Rgb], copies: int, count: int, spec: ModelSpec) -> list[str]:
     found = []
-    if len(unique) < given:
-        found.append(f"{given - len(unique)} of {given} calibration images are copies of others and were dropped: they "
-                     "add no range that the first has not shown.")
+    if copies:
+        found.append(f"copies of other calibration images were dropped ({copies}): they add no range that the first "
+                     "has not shown.")
     if len(unique) < FEW_IMAGES:
-        found.append(f"only {len(unique)} different calibration photos, filled up with crops of them: "
-                     f"activation ranges "
-                     f"follow those few and clip what other photos reach; give at least {FEW_IMAGES}, better "
-                     f"{CALIBRATION_IMAGES}, with --calibration DIR.")
+        few, by = ("", "--calibration-images") if count <= len(unique) else (", filled up with crops of them",
+                                                                             "--calibration DIR")
+        found.append(f"only {len(unique)} different calibration photos{few}: activation ranges follow those few and "
+                     f"clip what other photos reach; give at least {FEW_IMAGES}, better {CALIBRATION_IMAGES}, "
+                     f"with {by}.")
     small = sum(max(i.shape[:2]) < spec.image_size for i in unique)
     if small:
         found.append(f"{small} of {len(unique)} calibration images are smaller than the model's "

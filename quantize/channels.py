@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from pocketsam.quantize.equalize import LEAST
 from pocketsam.quantize.grid import Weighted, column, nearest, steps
 from pocketsam.quantize.hooks import hooked
 from pocketsam.quantize.ranges import Range, clipped, round_values
@@ -28,8 +29,6 @@ Form = Literal["multiply", "divide", "bound", "reshape"]
 BOUND = -1e30
 # How much of the burden goes to the weights of a layer that is not depthwise, by docs/adr/0006.
 SHARE = 0.75
-# A channel that is nearly silent on the calibration images must not be blown up without limit.
-LEAST = 1e-3
 # By what a scale must divide the noise of a layer's output; it costs an operator.
 GAIN = 2.0
 

@@ -65,6 +65,10 @@ class LiteRtQuantizer:
         """Versions that an artifact depends on."""
         return {"ai-edge-quantizer": metadata.version("ai-edge-quantizer")}
 
+    @staticmethod
+    def check_source(path: Path) -> None:
+        """Takes every artifact."""
+
     def layers(self) -> dict[str, NDArray[Any]]:
         """The tensors that weighted operators write."""
         return {o.writes: o.weights for o in self._operators()}

@@ -50,9 +50,6 @@ class OnnxQuantizer:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        if job.source.is_dir():
-            raise UnsupportedModel("ONNX Runtime's quantizer takes models below 2 GiB; make int8 of this one for "
-                                   "another format.")
         self._folder = tempfile.TemporaryDirectory()
         self._prepared = Path(self._folder.name) / "prepared.onnx"
         with quiet():
@@ -62,6 +59,13 @@ class OnnxQuantizer:
     def tools() -> dict[str, str]:
         """Versions that an artifact depends on."""
         return {"onnxruntime": metadata.version("onnxruntime")}
+
+    @staticmethod
+    def check_source(path: Path) -> None:
+        """Raises UnsupportedModel if the tool cannot read an artifact: one with its weights apart is too large."""
+        if path.is_dir():
+            raise UnsupportedModel("ONNX Runtime's quantizer takes models below 2 GiB; make int8 of this one for "
+                                   "another format.")
 
     def layers(self) -> dict[str, NDArray[Any]]:
         """The nodes with constant weights."""

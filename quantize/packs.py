@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pocketsam.errors import ImageError, LabelError, UsageError
-from pocketsam.images import Rgb, load_rgb
+from pocketsam.images import Rgb, image_id, load_rgb
 from pocketsam.labelled import UNUSABLE, Pack
 
 
@@ -25,24 +25,29 @@ def is_pack(path: Path) -> bool:
         return False
 
 
-def pack_images(path: Path, count: int, rng: np.random.Generator) -> tuple[list[Rgb], list[str]]:
-    """Up to ``count`` images, drawn at random if there are more, and what could not be read.
+def pack_images(path: Path, count: int, rng: np.random.Generator) -> tuple[dict[str, Rgb], list[str], int]:
+    """Up to ``count`` different images by their digest, drawn at random if there are more, what could not be read, and
+    how many copies were met.
 
     Raises:
         LabelError: not a pack. UsageError: it holds no image. ImageError: no image can be read.
     """
-    images: list[Rgb] = []
+    found: dict[str, Rgb] = {}
     skipped: list[str] = []
+    copies = 0
     with Pack.open(path) as pack:
         if not pack.rows:
             raise UsageError(f"{path} holds no image.")
         for i in rng.permutation(len(pack.rows)) if len(pack.rows) > count else range(len(pack.rows)):
-            if len(images) == count:
+            if len(found) == count:
                 break
             try:
-                images.append(load_rgb(Image.open(io.BytesIO(pack.photo(pack.rows[i])))))
+                image = load_rgb(Image.open(io.BytesIO(pack.photo(pack.rows[i]))))
             except (ImageError, LabelError, *UNUSABLE) as e:
                 skipped.append(f"{pack.rows[i]['id']}.jpg ({e})")
-    if not images:
+                continue
+            copies += image_id(image) in found
+            found.setdefault(image_id(image), image)
+    if not found:
         raise ImageError(f"none of the {len(pack.rows)} images in {path} can be read.")
-    return images, skipped
+    return found, skipped, copies

@@ -17,7 +17,7 @@ from pocketsam.api import open_bundle
 from pocketsam.bundle import Artifact, Bundle
 from pocketsam.doctor import machine
 from pocketsam.errors import BundleError, ParityError, PocketSamError, UnsupportedModel, first_line
-from pocketsam.files import sha256_path, size_of
+from pocketsam.files import caches_in, sha256_path, size_of
 from pocketsam.images import Rgb
 from pocketsam.parity import GATES, compare_clicks, photos_id
 from pocketsam.predictor import Predictor
@@ -88,6 +88,8 @@ class Pair:
         if self.old and all(a.key == key for a in self.old) and (kept := self.earlier()):
             self.stage.report(f"kept {self.format} {self.recipe}")
             return kept
+        # Before the preparation, which takes most of the time.
+        self.quantizer.check_source(self.bundle.file(self.bundle.find(self.format, "fp32", "encoder")))
         decoder = replace(self.bundle.find(self.format, "fp32", "decoder"), precision=self.recipe, key=key)
         encoder, found = self._encoder(key, decoder)
         ratios = {"encoder": self._ratio("encoder", encoder, decoder), "decoder": None}
@@ -219,7 +221,8 @@ class Pair:
 
     def _runtime(self, bundle: Bundle, precision: str) -> Runtime:
         compute = registry.EXACT_COMPUTE.get(self.runtime)
-        return open_bundle(bundle, self.runtime, precision, THREADS, compute)
+        with caches_in(Path(self.folder.name) / "cache"):
+            return open_bundle(bundle, self.runtime, precision, THREADS, compute)
 
     def _agreement(self, encoder: Artifact, decoder: Artifact, images: Sequence[Rgb]) -> dict[str, Any]:
         with foreign_errors(BundleError, f"{self.runtime} cannot run the {self.recipe} graphs"):

@@ -104,6 +104,11 @@ class Quantizer(Protocol):
         """Versions that an artifact depends on."""
         ...
 
+    @staticmethod
+    def check_source(path: Path) -> None:
+        """Raises UnsupportedModel if the tool cannot read an artifact."""
+        ...
+
     def layers(self) -> dict[str, NDArray[Any]]:
         """Names of the weighted layers in execution order, with their weights in the format's layout."""
         ...

@@ -104,19 +104,22 @@ def measure(bundle: Bundle, reference: Predictor, recipes: Sequence[str], pack: 
     Returns:
         Rows, and the five prompts whose masks agree least.
     """
-    remembered = Predictor(Remembered(reference.runtime))
     rows: list[Row] = []
     cases: list[Case] = []
+    pairs = []
     for runtime, format_ in RUNTIME_FORMATS.items():
         for recipe in recipes:
             held = {a.graph: a for a in bundle.artifacts if (a.format, a.precision) == (format_, recipe)}
-            if not {"encoder", "decoder"} <= held.keys():
-                continue
-            report(f"measuring {format_} {recipe} on {pack or 'the shipped photos'}")
-            candidate = Predictor(open_bundle(bundle, runtime, recipe))
-            row, worst = _row(remembered, candidate, _samples(pack, count), format_, recipe, held, pack is not None)
-            rows.append(row)
-            cases += worst
+            if {"encoder", "decoder"} <= held.keys():
+                pairs.append((runtime, format_, recipe, held))
+    # Answers are kept for the next pair only: they are 36 MB an image of side 1024.
+    asked = Predictor(Remembered(reference.runtime)) if len(pairs) > 1 else reference
+    for runtime, format_, recipe, held in pairs:
+        report(f"measuring {format_} {recipe} on {pack or 'the shipped photos'}")
+        candidate = Predictor(open_bundle(bundle, runtime, recipe))
+        row, worst = _row(asked, candidate, _samples(pack, count), format_, recipe, held, pack is not None)
+        rows.append(row)
+        cases += worst
     # A prompt that is bad in one format is mostly bad in all; it is shown once.
     found = {c.prompt: c for c in sorted(cases, key=lambda c: -c.iou)}
     return rows, sorted(found.values(), key=lambda c: c.iou)[:WORST]

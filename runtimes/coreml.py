@@ -58,7 +58,8 @@ class CoreMlRuntime:
         if unit not in COMPUTE_UNITS:
             raise UsageError(f"compute unit {unit!r} is unknown; choose one of {', '.join(COMPUTE_UNITS)}.")
         self._info: dict[str, Any] = {"runtime": "coreml", "version": __version__, "precision": precision,
-                                      "threads": threads, "weights_sha256": bundle.weights_sha256}
+                                      "threads": threads, "weights_sha256": bundle.weights_sha256,
+                                      "artifacts_sha256": bundle.identity(FORMAT, precision)}
         self._info |= {"engine": "coreml", "compute_unit": unit} if ON_MACOS else {
             "engine": "mil-evaluator", "note": NOTE}
         encoder, decoder = self.spec.encoder_graph(), self.spec.decoder_graph(self.slots)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import threading
 from collections import Counter
 from importlib import metadata
@@ -25,6 +24,7 @@ except ModuleNotFoundError as missing:
 
 from pocketsam.batching import ENTRY_BATCHES, decode_padded
 from pocketsam.bundle import Bundle
+from pocketsam.doctor import cores
 from pocketsam.errors import BundleError, first_line
 from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
@@ -48,12 +48,13 @@ class LiteRtRuntime:
         self._encode = _runner(self._encoder, "encode", encoder)
         self._decode = {n: _runner(self._decoder, f"decode_{n}", decoder) for n in ENTRY_BATCHES}
         self.clicks = bundle.has_clicks(FORMAT, precision)
-        self.click_workers = threads or os.cpu_count() or 1
+        self.click_workers = threads or cores()
         self._click_path = functools.cache(lambda name: bundle.file(bundle.find(FORMAT, precision, name)))
         # Interpreters of a click graph that nobody uses at the moment.
         self._idle: dict[str, list[Any]] = {}
         self._info = {"runtime": "litert", "version": metadata.version(ENGINE), "engine": ENGINE,
-                      "precision": precision, "threads": threads, "weights_sha256": bundle.weights_sha256}
+                      "precision": precision, "threads": threads, "weights_sha256": bundle.weights_sha256,
+                      "artifacts_sha256": bundle.identity(FORMAT, precision)}
 
     @classmethod
     def open(cls, bundle: Bundle, precision: str = "fp32", threads: int | None = None) -> LiteRtRuntime:

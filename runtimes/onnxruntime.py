@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import onnxruntime as ort
 
 from pocketsam.bundle import Bundle, onnx_file
+from pocketsam.doctor import cores
 from pocketsam.errors import BundleError, first_line
 from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
@@ -33,12 +33,13 @@ class OnnxRuntime:
         self._building = threading.Lock()
         self._click_session = functools.cache(
             lambda name: self._session(bundle, precision, 1, self.spec.graphs()[name]))
-        self.click_workers = threads or os.cpu_count() or 1
+        self.click_workers = threads or cores()
         self.sparing = False
         self._shrink = ort.RunOptions()
         self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._info = {"runtime": "onnxruntime", "version": ort.__version__, "precision": precision,
-                      "threads": threads, "weights_sha256": bundle.weights_sha256}
+                      "threads": threads, "weights_sha256": bundle.weights_sha256,
+                      "artifacts_sha256": bundle.identity(FORMAT, precision)}
 
     @classmethod
     def open(cls, bundle: Bundle, precision: str = "fp32", threads: int | None = None) -> OnnxRuntime:

@@ -13,6 +13,7 @@ import openvino as ov
 
 from pocketsam.batching import decode_padded
 from pocketsam.bundle import IR_FILE, Bundle
+from pocketsam.doctor import cores
 from pocketsam.errors import BundleError, UsageError, first_line
 from pocketsam.files import cache_root
 from pocketsam.geometry import Frame
@@ -49,13 +50,14 @@ class OpenVinoRuntime:
         self._batched = functools.cache(lambda name, size: self._resized(bundle, precision, graphs[name], size))
         self._batched("decoder", 1)
         self.clicks = bundle.has_clicks(FORMAT, precision)
-        count = threads or os.cpu_count() or 1
+        count = threads or cores()
         streams = {**self._config, "INFERENCE_NUM_THREADS": count, "NUM_STREAMS": count}
         # One more than streams: while a batch is copied in or out, every stream has another.
         self.click_workers = count + 1
         self._clicks = functools.cache(lambda name: self._compile(self._read(bundle, precision, graphs[name]), streams))
         self._info = {"runtime": "openvino", "version": ov.get_version(), "precision": precision, "threads": threads,
-                      "inference_precision": computed, "weights_sha256": bundle.weights_sha256}
+                      "inference_precision": computed, "weights_sha256": bundle.weights_sha256,
+                      "artifacts_sha256": bundle.identity(FORMAT, precision)}
         if computed != "f32":
             self._info["note"] = f"computed in {computed}, as asked: masks differ from those of f32"
 

@@ -114,11 +114,22 @@ def test_the_same_calls_without_the_fault_succeed(cli: Run, toy_bundle: Path, fo
     assert len(list((folder / "masks").iterdir())) == 3
 
 
+@pytest.mark.parametrize(("name", "kind"), [("o.png", "PNG"), ("o.JPG", "JPEG"), ("o.webp", "WEBP"), ("o.bmp", "BMP"),
+                                           ("o", "PNG")])
+def test_a_picture_is_what_its_name_says(cli: Run, toy_bundle: Path, folder: Path, name: str, kind: str) -> None:
+    command = ("segment", folder / "good.png", "--point", "5,5", "--bundle", toy_bundle, "-o", folder / name)
+    assert cli(*command).code == 0
+    with Image.open(folder / name) as picture:
+        assert picture.format == kind
+
+
 def test_output_places(cli: Run, toy_bundle: Path, toy_checkpoint: Path, folder: Path) -> None:
     good = ("segment", folder / "good.png", "--point", "5,5", "--bundle", toy_bundle)
     refused(cli(*good, "-o", folder), "is a folder")
     refused(cli(*good, "-o", folder / "good.png" / "x.png"), "cannot write")
     refused(cli(*good, "--masks", folder / "good.png"), "cannot write")
+    refused(cli(*good, "-o", folder / "x.gif"), "x.gif names no kind of picture")
+    refused(cli("edges", folder / "good.png", "-o", folder / "x.tif"), "x.tif names no kind of picture")
     refused(cli("export", "toy_sam", "--checkpoint", toy_checkpoint, "-o", folder / "good.png" / "b"), "cannot write")
     refused(cli("export", "toy_sam", "--checkpoint", toy_checkpoint, "-o", folder), "is not a bundle")
 
@@ -129,6 +140,8 @@ def test_names(cli: Run, toy_bundle: Path, toy_checkpoint: Path, folder: Path) -
     refused(cli("export", "toy_sam", "--checkpoint", toy_checkpoint, "--to", "onxx", "-o", out), "did you mean 'onnx'")
     refused(cli("export", "toy_sam", "--checkpoint", toy_checkpoint, "--precision", "fp31", "-o", out), "'fp32'")
     refused(cli("export", "toy_sam", "--checkpoint", toy_checkpoint, "--slots", "1", "-o", out), "expected 2 to 512")
+    refused(cli("export", "toy_efficient_sam", "--checkpoint", toy_checkpoint, "--slots", "5", "-o", out),
+            "expected 6 to 512")
     refused(cli("export", "toy_sam", "--checkpoint", toy_checkpoint, "--gate", "1.5", "-o", out), "from 0 to 1")
     segment = ("segment", folder / "good.png", "--point", "5,5")
     refused(cli(*segment, "--bundle", toy_bundle, "--runtime", "onnxruntme"), "did you mean 'onnxruntime'")

@@ -300,6 +300,16 @@ def test_merge_takes_several_devices_of_one_model(tmp_path: Path) -> None:
     write({**synthetic(1), "model": {"name": "other", "image_size": 1, "weights_sha256": ""}}, files[1])
     with pytest.raises(BenchmarkError, match="different models"):
         merge(files)
+    write({**synthetic(1), "model": {"name": "lite0", "image_size": 1024, "weights_sha256": "0"}}, files[1])
+    with pytest.raises(BenchmarkError, match="lite0 at 1024 x 1024, lite0 at 512 x 512"):
+        merge(files)
+
+
+def test_the_ratio_that_was_asked_for_is_shown(tmp_path: Path) -> None:
+    result = synthetic(0)
+    result["rows"][2]["encoder"]["times_against"] = {"value": 1.5, "low": 1.4, "high": 1.6, "to": "onnxruntime fp32"}
+    assert cells(result["rows"][2])[-1] == "encoder 1.50 x onnxruntime fp32"
+    assert ",1.5," in to_csv([result])
 
 
 def test_front() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import time
@@ -12,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pocketsam.benchmarks import accuracy, latency, processes, roofline
 from pocketsam.benchmarks.accuracy import agreement
 from pocketsam.benchmarks.latency import Measured, Plan
 from pocketsam.benchmarks.options import Options, check_counts
 from pocketsam.benchmarks.results import commit, read, write
-from pocketsam.benchmarks.run import _add_agreement, _add_work, run
+from pocketsam.benchmarks.run import _add_agreement, _add_operators, _add_work, run
 from pocketsam.benchmarks.targets import Target
 from pocketsam.bundle import read_bundle
-from pocketsam.errors import BenchmarkError, MissingDependency, UsageError
+from pocketsam.errors import BenchmarkError, CheckpointError, MissingDependency, OutputError, UsageError
 from pocketsam.predictor import Predictor
 
 Run = Callable[..., Any]
@@ -106,6 +109,10 @@ def test_recipes_with_float_products_have_the_floor_of_float(toy_bundle: Path) -
         _add_work(named, row, ceiling)
         floors[recipe] = row["encoder"]["floor"]["ms"]
     assert floors["int8"] == floors["int8-dynamic"] < floors["int8-weights"]
+    row = {"precision": "int8-weights", "compute": "bf16", "format": "onnx", "encoder": {"p50_ms": 1.0},
+           "decoder": {"p50_ms": 1.0}}
+    _add_work(named, row, replace(ceiling, gemm_bf16=8e9))
+    assert row["encoder"]["floor"]["ms"] == pytest.approx(floors["int8-weights"] / 8, rel=0.01)
 
 
 def test_a_copy_inside_another_repository_names_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +199,7 @@ def test_a_run_in_bf16(toy_everywhere: Path, toy_checkpoint: Path, tmp_path: Pat
     result = run(toy_everywhere, options, tmp_path, lambda t: None)
     rows = {(r["runtime"], r["precision"], r["compute"]): r for r in result["rows"]}
     own, other = (rows[runtime, "fp32", ""]["encoder"] for runtime in ("onnxruntime", "litert"))
+    assert own["times_against"]["to"] == "litert fp32"
     assert own["times_against"]["value"] == pytest.approx(other["p50_ms"] / own["p50_ms"], rel=0.01)
     asked, usual = rows["openvino", "fp16", "bf16"], rows["openvino", "fp16", ""]
     assert ("openvino", "fp32", "bf16") not in rows
@@ -285,6 +293,51 @@ def test_counts_have_a_least(name: str, least: int) -> None:
         check_counts(Options(**{name: least - 1}))  # type: ignore[arg-type]
 
 
+def test_a_reference_of_other_weights_is_refused(toy_bundle: Path, toy_checkpoint: Path, drawn_pack: Path,
+                                                 tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is timed."""
+    bundle = Path(shutil.copytree(toy_bundle, tmp_path / "toy.bundle"))
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    manifest["weights"]["sha256"] = "0" * 64
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(latency, "measure", missing)
+    with pytest.raises(CheckpointError, match="exported from other weights"):
+        run(bundle, Options(checkpoint=str(toy_checkpoint), data=drawn_pack), tmp_path / "out", print)
+
+
+def test_a_place_that_cannot_be_written_is_told_before_timing(toy_bundle: Path, tmp_path: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "measure", missing)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        run(toy_bundle, Options(), tmp_path / "file", print)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="Core ML is timed there")
+def test_nothing_is_compared_with_what_is_not_timed(toy_everywhere: Path, tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match=r"coreml is not timed on this machine.* one of litert, onnxruntime"):
+        run(toy_everywhere, Options(against="coreml"), tmp_path / "out", print)
+
+
+def breaks(target: Target) -> Any:
+    raise LookupError("no memory for a tensor\nand more")
+
+
+def test_whatever_an_engine_fails_with_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    with closing(processes.Worker(Target("x", "fp32", 1, factory="test_bench_runs:breaks"), tmp_path)) as worker:
+        assert worker.facts == {"problem": "LookupError: no memory for a tensor"}
+
+
+def test_operators_of_the_reference(toy_bundle: Path, toy_checkpoint: Path) -> None:
+    row: dict[str, Any] = {"runtime": "pytorch", "precision": "fp32", "compute": "", "reference": True,
+                           "threads": torch.get_num_threads(), "encoder": {}}
+    _add_operators(read_bundle(toy_bundle), row, Options(checkpoint=str(toy_checkpoint)), lambda t: None)
+    assert row["fallbacks"] == 0
+    assert all(o["kind"].startswith("aten::") for o in row["encoder"]["operators"]["slowest"])
+    assert row["encoder"]["operators"]["kinds"]
+
+
 def test_accuracy_without_its_reference_is_refused_before_timing(cli: Run, toy_bundle: Path, drawn_pack: Path,
                                                                 tmp_path: Path) -> None:
     got = cli("bench", toy_bundle, "-o", tmp_path / "out", "--data", drawn_pack)
@@ -295,6 +348,7 @@ def test_accuracy_without_its_reference_is_refused_before_timing(cli: Run, toy_b
 
 @pytest.mark.parametrize(("args", "message"), [
     (("--compute", "fp4"), "unknown inference precision 'fp4'"),
+    (("--compute", "bf16"), "only OpenVINO can be asked to compute in bf16"),
     (("--threads", "0"), "expected 1 to"), (("--threads", "4096"), "expected 1 to"),
     (("--threads", "two"), "whole numbers"), (("--against", "tensorrt"), "no tensorrt"),
     (("--rounds", "0"), "rounds is 0; expected at least 1"), (("--images", "0"), "images is 0; expected at least 1"),

@@ -43,6 +43,22 @@ def test_doctor(cli: Run) -> None:
     assert cli("doctor").code == 0
 
 
+@pytest.mark.parametrize(("text", "name"), [
+    ("model name\t: AMD EPYC\nflags\t: avx2\n", "AMD EPYC"),
+    ("Features\t: asimd\nModel\t\t: Raspberry Pi 5\n", "Raspberry Pi 5"),
+    ("Features\t: asimd\n", "a board"),
+])
+def test_processors_without_a_model_name(monkeypatch: pytest.MonkeyPatch, text: str, name: str) -> None:
+    """ARM kernels name the board, or nothing."""
+    def read_text(path: Path, **_: Any) -> str:
+        if str(path) not in ("/proc/cpuinfo", "/proc/device-tree/model"):
+            raise FileNotFoundError
+        return text if path.name == "cpuinfo" else "a board\0"
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert doctor._cpu()[0] == name
+
+
 def test_doctor_advises_extras_that_hold_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]

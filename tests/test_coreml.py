@@ -16,7 +16,7 @@ from torch import nn
 
 import pocketsam
 from pocketsam.bundle import read_bundle
-from pocketsam.errors import UsageError
+from pocketsam.errors import MissingDependency, UsageError
 from pocketsam.export import coreml, rewrites
 from pocketsam.export.graphs import EncoderGraph
 from pocketsam.geometry import Frame
@@ -117,6 +117,13 @@ def test_says_what_it_is(toy_everywhere: Path) -> None:
     info = sam(toy_everywhere).runtime.info()
     assert (info["runtime"], info["engine"]) == ("coreml", "mil-evaluator")
     assert "verifies" in info["note"]
+
+
+def test_the_evaluator_needs_torch(toy_everywhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pocketsam.runtimes.coreml.ON_MACOS", False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(MissingDependency, match=r"off a Mac, by the evaluator, needs torch.*pocketsam\[torch\]"):
+        pocketsam.load(toy_everywhere, runtime="coreml")
 
 
 def test_unknown_compute_unit(toy_everywhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,10 @@ def test_a_damaged_kit_is_refused_on_the_device(toy_bundle: Path, tmp_path: Path
     write_kit(read_bundle(toy_bundle), "onnxruntime", "fp32", kit)
     done = run(kit, out, "--threads", "0")
     assert done.returncode == 2
-    assert "threads is 0; expected at least 1" in done.stderr
+    assert "expected at least 1 thread, not 0" in done.stderr
+    done = run(kit, tmp_path / "none/r.json")
+    assert done.returncode == 2
+    assert "--out in a folder that exists" in done.stderr
     with (kit / "onnx/decoder.fp32.onnx").open("r+b") as f:
         f.write(b"\1")
     done = run(kit, out)
@@ -132,6 +135,10 @@ def test_refusals(toy_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "kit/engine.py").unlink()
     write_kit(bundle, "onnxruntime", "fp32", tmp_path / "kit")
     assert (tmp_path / "kit/engine.py").is_file()
+    # A result that was written into it is not.
+    (tmp_path / "kit/result.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"result\.json is not part of the kit"):
+        write_kit(bundle, "litert", "fp32", tmp_path / "kit")
 
 
 def test_a_folder_artifact_is_opened_by_its_main_file(toy_bundle: Path, tmp_path: Path) -> None:

@@ -52,6 +52,28 @@ def test_other_weights_and_other_slots_are_refused(cli: Run, bundle: Path, toy_c
     assert files(bundle) == before
 
 
+def test_what_another_version_described_otherwise_is_not_dropped(bundle: Path, toy_checkpoint: Path) -> None:
+    rewrite(bundle, lambda b: replace(b, spec=replace(b.spec, logit_limit=1.0), artifacts=(
+        *b.artifacts, *(replace(a, format="litert") for a in b.artifacts))))
+    before = files(bundle)
+    with pytest.raises(OutputError, match=r"another version of pocketsam.* all that it holds \(litert fp32 too"):
+        pocketsam.export("toy_sam", checkpoint=toy_checkpoint, formats=["onnx"], out=bundle)
+    assert files(bundle) == before
+
+
+def test_precisions_that_are_named_twice_are_made_once(bundle: Path, toy_checkpoint: Path) -> None:
+    made = pocketsam.export("toy_sam", checkpoint=toy_checkpoint, precisions=["fp32", "fp32"], out=bundle, **{
+        k: v for k, v in FEW.items() if k == "images"})
+    paths = [a.path for a in made.artifacts]
+    assert len(paths) == len(set(paths))
+
+
+def test_options_of_int8_without_int8_are_refused(toy_checkpoint: Path, tmp_path: Path) -> None:
+    for options in ({"calibration": tmp_path}, {"search_seconds": 5.0}):
+        with pytest.raises(UsageError, match="are for int8"):
+            pocketsam.export("toy_sam", checkpoint=toy_checkpoint, out=tmp_path / "x", **options)
+
+
 @pytest.mark.parametrize("text", ['{"name": "the bundle of a web page"}', "{", '{"schema": 99, "model": {}}'])
 def test_what_is_no_bundle_of_ours_is_not_replaced(toy_checkpoint: Path, tmp_path: Path, text: str) -> None:
     mine = tmp_path / "mine"

@@ -19,9 +19,11 @@ import pytest
 from PIL import Image
 
 from pocketsam import rle
-from pocketsam.errors import UsageError, WorkerError
+from pocketsam.bundle import read_bundle
+from pocketsam.errors import LabelError, UsageError, WorkerError
 from pocketsam.everything import Settings
-from pocketsam.folders import Job, embed, prepare, run
+from pocketsam.files import sha256_file
+from pocketsam.folders import Job, embed, finish, prepare, run
 from pocketsam.images import load_rgb
 
 Run = Callable[..., Any]
@@ -127,13 +129,59 @@ def test_annotations_of_a_dataset_are_not_replaced(cli: Run, photos: Path, toy_b
     assert not (photos / "job.json").exists()
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[]", "null", '{"image": []}'])
+@pytest.mark.parametrize("text", ["{", "{}", "[]", "null", '{"image": []}', "a row"])
 def test_a_damaged_label_is_made_again(photos: Path, toy_bundle: Path, tmp_path: Path, text: str) -> None:
     job, photo = job_of(toy_bundle, tmp_path / "out"), photos / "p0.png"
     job.label(photo).parent.mkdir(parents=True)
+    if text == "a row":
+        image = {"file_name": "p0.png", "width": 60, "height": 40, "file_sha256": sha256_file(photo)}
+        text = json.dumps({"image": image, "annotations": [{"id": 1}]})
     job.label(photo).write_text(text)
     assert not job.holds(photo)
     assert job.labelled(photo) is None
+    with pytest.raises(LabelError, match="delete it to make it again"):
+        finish(job)
+
+
+def test_photos_of_earlier_calls_stay_in_the_coco_file(cli: Run, photos: Path, toy_bundle: Path,
+                                                       tmp_path: Path) -> None:
+    for name in ("p1.png", "p0.png", "p3.png"):
+        assert everything(cli, photos / name, tmp_path / "out", toy_bundle).code == 0
+    coco = json.loads((tmp_path / "out/coco.json").read_text())
+    assert [i["file_name"] for i in coco["images"]] == ["p0.png", "p1.png", "p3.png"]
+    # Parts are numbered through, so that they can be joined.
+    assert everything(cli, photos / "p0.png", tmp_path / "out", toy_bundle, "--shard", "1").code == 0
+    parts = [json.loads(p.read_text()) for p in sorted((tmp_path / "out").glob("coco-*.json"))]
+    for key in ("images", "annotations"):
+        assert [r["id"] for p in parts for r in p[key]] == list(range(1, len(coco[key]) + 1))
+    assert [a["image_id"] for p in parts for a in p["annotations"]] == [a["image_id"] for a in coco["annotations"]]
+
+
+def test_a_name_as_long_as_they_get(cli: Run, photos: Path, toy_bundle: Path, tmp_path: Path) -> None:
+    names = [f"{'x' * 250}{i}.png" for i in range(2)] + ["\u753b" * 83 + ".png"]
+    for name in names:
+        shutil.copyfile(photos / "p0.png", photos / name)
+    assert everything(cli, photos, tmp_path / "out", toy_bundle).code == 0
+    images = json.loads((tmp_path / "out/coco.json").read_text())["images"]
+    assert {i["file_name"] for i in images} == {p.name for p in photos.iterdir()}
+    again = everything(cli, photos, tmp_path / "out", toy_bundle, "--json")
+    assert json.loads(again.out)["photos"] == []
+
+
+def test_masks_of_another_int8_are_not_mixed(photos: Path, toy_bundle: Path, tmp_path: Path) -> None:
+    """Weights stay the same when a bundle is quantized anew; files do not."""
+    job, rgb = job_of(toy_bundle, tmp_path / "out"), load_rgb(photos / "p0.png")
+    sam = job.open()
+    held = read_bundle(toy_bundle)
+    assert sam.info()["artifacts_sha256"] == held.identity("onnx", "fp32")
+    prepare(job, sam, [])
+    embed(sam, rgb, tmp_path / "cache")
+    info = sam.info() | {"artifacts_sha256": replace(held, artifacts=held.artifacts[:1]).identity("onnx", "fp32")}
+    sam.runtime.info = lambda: info
+    with pytest.raises(UsageError, match=r"\(artifacts_sha256\)"):
+        prepare(job, sam, [])
+    embed(sam, rgb, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_a_changed_photo_is_done_again(cli: Run, photos: Path, toy_bundle: Path, tmp_path: Path) -> None:
@@ -237,6 +285,12 @@ def test_bad_options(cli: Run, photos: Path, toy_bundle: Path, tmp_path: Path, a
     assert outcome.code == 2
     assert words in " ".join(outcome.err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_ray_cluster_that_is_none_is_one_sentence(cli: Run, photos: Path, toy_bundle: Path, tmp_path: Path) -> None:
+    outcome = everything(cli, photos, tmp_path / "out", toy_bundle, "--engine", "ray", "--address", "nonsense")
+    assert outcome.code == 2
+    assert "Ray stopped the job" in " ".join(outcome.err.split())
 
 
 def test_bad_places(cli: Run, photos: Path, toy_bundle: Path, tmp_path: Path) -> None:

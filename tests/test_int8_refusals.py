@@ -12,6 +12,8 @@ from pocketsam.errors import BundleError, ParityError
 from pocketsam.photos import photo_paths
 from pocketsam.quantize.onnx import OnnxQuantizer
 
+check_source = OnnxQuantizer.check_source
+
 
 def test_int8_below_its_gate_leaves_the_rest(toy_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "b"
@@ -22,6 +24,18 @@ def test_int8_below_its_gate_leaves_the_rest(toy_checkpoint: Path, tmp_path: Pat
     assert {a.precision for a in bundle.artifacts} == {"fp32"}
     assert {p.name for p in (out / "onnx").iterdir()} == {Path(a.path).name for a in bundle.artifacts}
     assert pocketsam.load(out, runtime="onnxruntime").info()["precision"] == "fp32"
+
+
+def test_what_a_tool_cannot_read_is_refused_before_the_preparation(toy_checkpoint: Path, tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(OnnxQuantizer, "check_source", staticmethod(lambda path: check_source(path.parent)))
+    monkeypatch.setattr("pocketsam.quantize.stage.prepare", never)
+    with pytest.raises(ParityError, match=r"takes models below 2 GiB.* holds the rest\."):
+        pocketsam.export("toy_sam", checkpoint=toy_checkpoint, precisions=["fp32", "int8"], out=tmp_path / "b",
+                         images=photo_paths()[:1], calibration_images=2, clicks=False)
 
 
 def test_a_tool_that_fails_leaves_the_rest(toy_checkpoint: Path, tmp_path: Path,

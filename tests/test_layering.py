@@ -77,7 +77,7 @@ def test_tables_and_files_agree() -> None:
     assert set(registry.RUNTIME_PACKAGES) == set(registry.RUNTIMES)
     assert set(registry.FORMAT_PACKAGES) == set(registry.FORMATS)
     assert set(registry.RUNTIME_FORMATS) <= set(registry.RUNTIMES)
-    shared = {"__init__", "conversions", "existing", "graphs", "decoder_rewrites", "rewrites", "pipeline"}
+    shared = {"__init__", "conversions", "existing", "graphs", "decoder_rewrites", "rewrites", "pipeline", "request"}
     for folder, table in (("export", registry.FORMATS), ("runtimes", registry.RUNTIMES)):
         stray = {p.stem for p in (ROOT / folder).glob("*.py")} - shared - set(table)
         assert not stray, f"{folder}: {stray} is not registered"

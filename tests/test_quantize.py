@@ -69,8 +69,18 @@ def test_bad_calibration_files_are_named_and_counted(photos: Path) -> None:
     assert "2 calibration files were skipped" in text
     assert "text.jpg" in text
     assert "cut.png" in text
-    assert "1 of 11 calibration images are copies" in text
+    assert "copies of other calibration images were dropped (1)" in text
     assert "smaller than the model's 512" in text
+
+
+def test_copies_leave_their_place_to_other_photos(photos: Path) -> None:
+    for i in range(5):
+        shutil.copy(photos / "0.png", photos / f"copy{i}.png")
+    found = collect(photos, spec("lite0"), 9)
+    assert (len(found.images), found.distinct) == (9, 9)
+    few = " ".join(collect(photos, spec("lite0"), 4).warnings)
+    assert "only 4 different calibration photos: " in few
+    assert "with --calibration-images." in few
 
 
 def test_identical_calibration_images_warn(tmp_path: Path) -> None:
@@ -102,6 +112,9 @@ def test_decoder_inputs_cover_every_label_and_the_mask(toy_checkpoint: Path) -> 
     assert {float(r["has_mask_input"][0]) for r in rows} == {0.0, 1.0}
     assert any(r["mask_input"].std() > 0 for r in rows)
     assert rows[0]["image_embeddings"].shape == (1, 32, 8, 8)
+    # What does not fit into few slots is left out.
+    least = runtime.spec.least_slots
+    assert 0 < len(list(collect(None, runtime.spec, count=1).decoder_inputs(runtime, least))) < len(rows)
 
 
 @pytest.mark.parametrize("format_", list(registry.FORMATS))
@@ -291,11 +304,20 @@ def test_quantize_command(cli: Run, toy_bundle: Path, toy_checkpoint: Path, tmp_
     assert "encoder time ratio" in cli("quantize", out, *common).out
     made = read_bundle(out).find("onnx", "int8", "encoder")
     assert made.quantization["calibration"]["distinct"] == 7
+    # Told before the work.
+    for words, options in (("unknown recipe 'fp16'", ("--recipe", "fp16")),
+                           ("0 images", ("--pack", "x", "--images", 0)),
+                           ("does not exist", ("--pack", tmp_path / "none.tar")),
+                           ("cannot write", ("--html", out / "bundle.json" / "x.html"))):
+        refused = cli("quantize", out, "--checkpoint", toy_checkpoint, *options)
+        assert refused.code == 2
+        assert words in " ".join(refused.err.split())
     # One that misses its gate does not take the place of one that did not.
     monkeypatch.setattr("pocketsam.quantize.pair.Pair._encoder", below)
     outcome = cli("quantize", out, *common, "--calibration-images", "2")
     assert outcome.code == 2
     assert "Too rough." in outcome.err
+    assert "encoder time ratio" in outcome.out, "what is there is reported"
     assert read_bundle(out).find("onnx", "int8", "encoder") == made
     assert pocketsam.load(out, runtime="onnxruntime", precision="int8").info()["precision"] == "int8"
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pocketsam.builtin import checkpoint_for
+from pocketsam.errors import OutputError
 from pocketsam.labelled import read_pack
 from pocketsam.models.mask_decoder import Mlp
 from pocketsam.training.ranking import Answers, fit_ranking, photo_answers, rank, standing
@@ -54,6 +55,14 @@ def test_a_head_learns_to_rank() -> None:
     assert after.ranked > after.oracle - 0.01
     assert after.pearson is not None
     assert after.pearson > 0.7
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(drawn_pack: Path, tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pocketsam.training.ranking.collect", lambda *_: pytest.fail("the work began"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        rank(checkpoint_for("lite0", None), [drawn_pack], tmp_path / "file/ranked.safetensors")
 
 
 def test_only_the_head_changes(drawn_pack: Path, tmp_path: Path) -> None:

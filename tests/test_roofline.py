@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pocketsam.benchmarks import kinds
+from pocketsam.benchmarks import kinds, rates
 from pocketsam.benchmarks.roofline import (
     Ceiling,
     NoProfiler,
@@ -267,6 +267,17 @@ def test_operator_times_of_pytorch(toy_checkpoint: Path) -> None:
             slowest(None, runtime, "fp32", "decoder", 3)
     finally:
         torch.set_num_threads(before)
+
+
+def test_caches_of_all_clusters_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cpu, shared in ((0, "0-1"), (1, "0-1"), (2, "2-3")):
+        folder = tmp_path / f"cpu{cpu}/cache/index3"
+        folder.mkdir(parents=True)
+        (folder / "size").write_text("32768K\n")
+        (folder / "shared_cpu_list").write_text(f"{shared}\n")
+    monkeypatch.setattr(rates, "CPUS", tmp_path)
+    assert rates._cache_bytes() == 2 * 32 * 2**20
+    assert rates._copy_bytes() == rates.MOST_BYTES
 
 
 MISTAKES: dict[str, tuple[Callable[[Bundle], object], type[Exception], str]] = {

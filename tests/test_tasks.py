@@ -186,6 +186,13 @@ def test_bad_detections(tmp_path: Path, text: str) -> None:
         read_detections(tmp_path / "boxes.json")
 
 
+def test_spaces_behind_the_commas_of_a_table(tmp_path: Path) -> None:
+    """As the help and the error write the columns."""
+    (tmp_path / "boxes.csv").write_text("image, x0, y0, x1, y1\na.jpg, 1, 2, 3, 4\n")
+    (found,) = read_detections(tmp_path / "boxes.csv")
+    assert (found.image, found.box) == ("a.jpg", (1.0, 2.0, 3.0, 4.0))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000])
 def test_damaged_labels(tmp_path: Path, text: str) -> None:
     (tmp_path / "photo.json").write_text(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from drawn import PLAIN, SIZE, generator, toy
 from tars import read_tar, write_tar
 
 import pocketsam
-from pocketsam.errors import EmbeddingError, LabelError
+from pocketsam.errors import EmbeddingError, LabelError, UsageError
 from pocketsam.labelled import read_pack
 from pocketsam.models.builders import mobile_sam
 from pocketsam.models.lite0 import lite0
@@ -81,10 +82,16 @@ def test_a_description_without_its_file_counts_nothing_as_done(teacher: Predicto
         open_taught(out, [drawn_pack])
 
 
-def test_other_packs_and_sides_are_refused(teacher: Predictor, drawn_pack: Path, tmp_path: Path) -> None:
+def test_other_packs_sides_and_frames_are_refused(teacher: Predictor, drawn_pack: Path, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "taught.npy"
-    with pytest.raises(ValueError, match="side 32, which 24"):
+    with pytest.raises(UsageError, match="side 32, which 24"):
         teach(teacher, [drawn_pack], out, 24)
+    whole = teacher.runtime.spec
+    monkeypatch.setattr(teacher.runtime, "spec", replace(whole, resize="squash"))
+    with pytest.raises(UsageError, match="squashes photos to a square and the student pads them"):
+        teach(teacher, [drawn_pack], out, 16)
+    monkeypatch.setattr(teacher.runtime, "spec", whole)
     teach(teacher, [drawn_pack], out, 16)
     with pytest.raises(EmbeddingError, match="choose another file"):
         teach(teacher, [drawn_pack, drawn_pack], out, 16)

@@ -14,6 +14,7 @@ from drawn import PLAIN, SIZE, generator, png, toy
 from tars import write_tar
 from torch import Tensor
 
+from pocketsam.errors import UsageError
 from pocketsam.geometry import Frame
 from pocketsam.labelled import read_pack
 from pocketsam.models.sam import Features, SegmentAnything
@@ -192,5 +193,5 @@ def test_a_student_equal_to_its_teacher_has_no_embedding_loss(drawn_cache: Cache
 
 
 def test_a_teacher_needs_a_weight() -> None:
-    with pytest.raises(ValueError, match="expected one above zero"):
+    with pytest.raises(UsageError, match="expected one above zero"):
         ModelTeacher(toy(), 0.0, 0.0)

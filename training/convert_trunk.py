@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pocketsam.errors import CheckpointError
+from pocketsam.files import staged_file
 from pocketsam.models.lite0 import MEAN, STAGES, STD, Trunk
 
 SOURCE_MEAN, SOURCE_STD, SOURCE_EPS = 127.0, 128.0, 1e-3
@@ -30,8 +31,8 @@ def convert_trunk(source: Path, out: Path) -> None:
     state = torch.load(source, map_location="cpu", weights_only=True)
     converted = {key: value.contiguous() for key, value in remap(state).items()}
     load_trunk(Trunk(), converted)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(converted, out)
+    with staged_file(out) as staged:
+        save_file(converted, staged)
 
 
 def load_trunk(trunk: Trunk, state: dict[str, Tensor]) -> None:

@@ -12,12 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pocketsam.errors import UsageError
 from pocketsam.models.loading import load_model
 from pocketsam.models.sam import Features, SegmentAnything
 from pocketsam.training.batches import Batch
 from pocketsam.training.losses import divergence, per_prompt
 from pocketsam.training.prompts import Prompts
 from pocketsam.training.rounds import encode, repeat
+
+
+def check_weights(embeddings: float, logits: float) -> None:
+    """Raises UsageError if nothing would be learned from a teacher."""
+    if min(embeddings, logits) < 0 or embeddings + logits == 0:
+        raise UsageError(f"the weights of a teacher's embeddings and logits are {embeddings} and {logits}; expected "
+                         "one above zero, none below.")
 
 
 class ModelTeacher:
@@ -29,12 +37,11 @@ class ModelTeacher:
         logits: weight of the divergence from the teacher's mask probabilities and of the squared score difference.
 
     Raises:
-        ValueError: both weights are zero, or one is negative.
+        UsageError: both weights are zero, or one is negative.
     """
 
     def __init__(self, model: SegmentAnything, embeddings: float = 1.0, logits: float = 1.0) -> None:
-        if min(embeddings, logits) < 0 or embeddings + logits == 0:
-            raise ValueError(f"weights are {embeddings} and {logits}; expected one above zero, none below")
+        check_weights(embeddings, logits)
         self.model = model.eval().requires_grad_(False)
         self.embeddings, self.logits = embeddings, logits
         self.features: Features = {}
@@ -55,8 +62,8 @@ class ModelTeacher:
         if not self.embeddings:
             return student.new_zeros(())
         if student.shape[1] != target.shape[1]:
-            raise ValueError(f"the teacher's embedding has {target.shape[1]} channels and the student's "
-                             f"{student.shape[1]}; distil logits instead")
+            raise UsageError(f"the teacher's embedding has {target.shape[1]} channels and the student's "
+                             f"{student.shape[1]}; distil logits instead.")
         size = (student.shape[-2], student.shape[-1])
         return self.embeddings * F.mse_loss(student, _resize(target, size))
 

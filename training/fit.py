@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pocketsam.doctor import machine
+from pocketsam.errors import UsageError
 from pocketsam.labelled import identity
 from pocketsam.models.lite0 import LiteEncoder, lite0
 from pocketsam.models.loading import load_model, read_state_dict
@@ -18,7 +19,7 @@ from pocketsam.models.mask_decoder import TwoWayBlock
 from pocketsam.models.sam import SegmentAnything
 from pocketsam.training.checkpoint import CHECKPOINT, plan_of, read_checkpoint
 from pocketsam.training.convert_trunk import load_trunk
-from pocketsam.training.distill import StoredTeacher, load_teacher
+from pocketsam.training.distill import StoredTeacher, check_weights, load_teacher
 from pocketsam.training.loop import Recipe, Trainer
 from pocketsam.training.packs import Cache, build_cache
 from pocketsam.training.parallel import spawn
@@ -117,7 +118,7 @@ def fit(data: Sequence[Path], out: Path, preset: str, minutes: float, *, trunk: 
         stop_after: minutes after which to save and return, to be continued by the same call.
 
     Raises:
-        UsageError: the run in ``out`` was begun by another call.
+        UsageError: the run in ``out`` was begun by another call, or the preset takes no teacher.
         CheckpointError: weights to start from or to learn from cannot be read, or are another model's.
         EmbeddingError: the stored embeddings are not those of the packs.
         LabelError: a pack cannot be used.
@@ -128,6 +129,10 @@ def fit(data: Sequence[Path], out: Path, preset: str, minutes: float, *, trunk: 
                      bf16=chosen.recipe.bf16 and computes_bf16(device))
     call = {"preset": preset, "data": [identity(path) for path in data], "trunk": str(trunk), "initial": str(initial),
             "teacher": str(teaching), "propose": str(proposer)}
+    if recipe.quantized and teaching is not None:
+        raise UsageError(f"the preset {preset} has the float model as its teacher; it takes no other.")
+    if isinstance(teaching, Teaching):
+        check_weights(teaching.embeddings, teaching.logits)
     # Before minutes of decoding.
     start = Start(initial, trunk)
     start.model(seed)
@@ -158,8 +163,6 @@ def _train(cache: Cache, recipe: Recipe, out: Path, start: Start, device: str, t
         torch.backends.cudnn.benchmark_limit = KERNELS_TRIED
     model = start.model(recipe.seed).requires_grad_(True)
     model = model.to(place, memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-    if recipe.quantized and teaching is not None:
-        raise ValueError("training for int8 has the float model as its teacher; it takes no other")
     loss = partial(quantized_episode, weight=recipe.quantized) if recipe.quantized else episode
     if teaching is not None:
         loss = partial(episode, teacher=teaching.teacher(place, data))

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pocketsam.files import check_writable, staged_file
 from pocketsam.models.layers import MlpBlock
 from pocketsam.models.lite0 import InvertedResidual, LiteEncoder
 from pocketsam.models.mask_decoder import TwoWayBlock
@@ -49,6 +50,7 @@ def graft(student: SegmentAnything, teacher: SegmentAnything, taught: Tensor, ca
     Returns:
         The share of the MLP outputs' variance that the narrower MLPs lose, the larger of both.
     """
+    check_writable(out)
     lost = 0.0
     inputs = _mlp_inputs(teacher, taught, cache, batches)
     for mine, theirs, x in zip(_blocks(student), _blocks(teacher), inputs, strict=True):
@@ -58,8 +60,8 @@ def graft(student: SegmentAnything, teacher: SegmentAnything, taught: Tensor, ca
     assert isinstance(student.image_encoder, LiteEncoder)
     sample = taught[:: max(1, len(taught) // 256)].float()
     _match(student.image_encoder, sample.mean((0, 2, 3)), sample.std((0, 2, 3)))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in student.state_dict().items()}, out)
+    with staged_file(out) as staged:
+        save_file({k: v.contiguous() for k, v in student.state_dict().items()}, staged)
     return lost
 
 

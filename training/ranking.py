@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pocketsam.files import check_writable
 from pocketsam.labelled import Labelled, Stored, read_stored
 from pocketsam.models.mask_decoder import Mlp
 from pocketsam.models.sam import SegmentAnything
@@ -91,9 +92,11 @@ def rank(weights: Path, packs: Sequence[Path], out: Path, seed: int = 0,
         The standing on held-out photos of the packs before and after.
 
     Raises:
-        ValueError: the weights are not lite0's.
+        CheckpointError: the weights are not lite0's.
+        OutputError: ``out`` cannot be written.
     """
     model = load_weights(weights)
+    check_writable(out)
     fitted, judged = collect(weights, packs, seed, workers)
     before = model.mask_decoder.iou_prediction_head
     after = model.mask_decoder.iou_prediction_head = fit_ranking(before, fitted, seed)

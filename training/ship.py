@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pocketsam.errors import CheckpointError
+from pocketsam.files import staged_file
 from pocketsam.models.lite0 import lite0
 from pocketsam.models.loading import COUNTERS, read_state_dict
 from pocketsam.models.sam import SegmentAnything
@@ -52,6 +53,6 @@ def write_half(state: dict[str, Tensor], out: Path) -> int:
     for key, value in half.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"{key} leaves the range of fp16")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(half, out)
+    with staged_file(out) as staged:
+        save_file(half, staged)
     return out.stat().st_size

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pocketsam.errors import EmbeddingError
+from pocketsam.errors import EmbeddingError, UsageError
 from pocketsam.files import staged_file
 from pocketsam.labelled import Pack, identity, read_stored
 from pocketsam.labels import read_json
@@ -55,13 +55,16 @@ def teach(teacher: Predictor, packs: Sequence[Path], out: Path, side: int) -> Ta
         side: h = w of the student's embedding, a divisor of the teacher's.
 
     Raises:
-        ValueError: sides that do not divide.
+        UsageError: sides that do not divide, or a teacher whose photos lie otherwise.
         EmbeddingError: ``out`` holds another teacher's or other packs' embeddings.
         LabelError: a pack cannot be read.
     """
     size = teacher.spec.embed_size
+    if teacher.spec.resize != "pad":
+        raise UsageError(f"{teacher.spec.name} squashes photos to a square and the student pads them, so that their "
+                         "embeddings do not lie on each other; choose a teacher that pads (`pocketsam models`).")
     if size % side:
-        raise ValueError(f"the teacher's embedding has side {size}, which {side} does not divide")
+        raise UsageError(f"the teacher's embedding has side {size}, which {side} does not divide.")
     photos = 0
     for path in packs:
         with Pack.open(path) as pack:

@@ -5,6 +5,7 @@ A bundle is untrusted input: every path must stay inside the folder and every fi
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
@@ -87,6 +88,11 @@ class Bundle:
             if row.precision == precision:
                 return row
         raise UnknownName("precision", precision, [a.precision for a in rows])
+
+    def identity(self, format: str, precision: str) -> str:
+        """sha256 over the artifacts of one format and precision: weights stay the same when int8 is made anew."""
+        rows = sorted((a.graph, a.sha256) for a in self.artifacts if (a.format, a.precision) == (format, precision))
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def check_weights(self, sha256: str) -> None:
         """That a reference has the weights that this was exported from.

@@ -66,12 +66,13 @@ def _run(job: Job, photos: Sequence[Path], workers: int, report: Report, address
     # Ray would report its usage to its makers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     cpus = job.threads or 1
-    if address is None:
-        ray.init(num_cpus=workers * cpus, include_dashboard=False, log_to_driver=False, configure_logging=False,
-                 object_store_memory=OBJECT_STORE_BYTES)
-    else:
-        ray.init(address=address, log_to_driver=False)
     try:
+        if address is None:
+            # Not a cluster that runs here already, or that a variable names.
+            ray.init(address="local", num_cpus=workers * cpus, include_dashboard=False, log_to_driver=False,
+                     configure_logging=False, object_store_memory=OBJECT_STORE_BYTES)
+        else:
+            ray.init(address=address, log_to_driver=False)
         data.DataContext.get_current().enable_progress_bars = False
         rows = data.from_items([str(p.resolve()) for p in photos], override_num_blocks=len(photos))
         # Ray Data itself restarts actors that die and repeats their rows, without a limit.
@@ -81,7 +82,7 @@ def _run(job: Job, photos: Sequence[Path], workers: int, report: Report, address
     except PocketSamError:
         raise
     except Exception as e:  # Ray wraps whatever happened in a worker in classes of its own
-        reason = str(e).strip().splitlines()[-1][:200]
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[-1][:200]
         raise WorkerError(f"Ray stopped the job ({reason}); run the same command again to go on.") from e
     finally:
         ray.shutdown()

@@ -30,7 +30,7 @@ def machine() -> dict[str, Any]:
     """Python, system, CPU model, core count and instruction sets: what to quote beside a number."""
     model, flags = _cpu()
     return {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}",
-            "cpu": model, "cores": _cores(), "features": [f for f in CPU_FLAGS if f in flags]}
+            "cpu": model, "cores": cores(), "features": [f for f in CPU_FLAGS if f in flags]}
 
 
 def runtimes() -> list[Row]:
@@ -67,7 +67,8 @@ def _version(distribution: str) -> str:
         return ""
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process may use: fewer than the machine's in a container or a batch job's share."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 

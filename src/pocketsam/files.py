@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from pocketsam.errors import OutputError
@@ -164,8 +165,23 @@ def _umask() -> int:
     return value
 
 
+_caches: ContextVar[Path | None] = ContextVar("caches", default=None)
+
+
+@contextmanager
+def caches_in(folder: Path) -> Iterator[None]:
+    """Keep what is compiled meanwhile in a folder that goes away: trials would stay in the user's cache for ever."""
+    token = _caches.set(folder)
+    try:
+        yield
+    finally:
+        _caches.reset(token)
+
+
 def cache_root() -> Path:
     """``$POCKETSAM_CACHE``, else ``$XDG_CACHE_HOME/pocketsam``, else ``~/.cache/pocketsam``."""
+    if (folder := _caches.get()) is not None:
+        return folder
     if own := os.environ.get("POCKETSAM_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pocketsam"

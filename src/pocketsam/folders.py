@@ -27,11 +27,13 @@ from pocketsam.errors import EmbeddingError, ImageError, LabelError, OutputError
 from pocketsam.everything import Settings, segment_everything
 from pocketsam.files import output_errors, sha256_file
 from pocketsam.images import Rgb, image_id, load_rgb
-from pocketsam.labels import overlay, read_json, sa1b, save_overlay, write_coco, write_json
+from pocketsam.labels import is_whole, overlay, read_json, sa1b, save_overlay, write_coco, write_json
 from pocketsam.predictor import Predictor
 from pocketsam.registry import RUNTIME_OPTIONS
 
 LABELS, OVERLAYS, JOB = "labels", "overlays", "job.json"
+# Most file systems take names of 255 bytes; ``.json`` follows, and a file that is not whole yet has a longer name.
+NAME_BYTES = 240
 COCO_FILE = re.compile(r"coco(-\d{5,}-of-\d{5,})?\.json")
 
 
@@ -64,11 +66,11 @@ class Job:
 
     def label(self, photo: Path) -> Path:
         """The label file of a photo; the whole file name is kept, so ``a.jpg`` and ``a.png`` do not collide."""
-        return self.out / LABELS / f"{photo.name}.json"
+        return self.out / LABELS / f"{_stem(photo.name)}.json"
 
     def overlay(self, photo: Path) -> Path:
         """The overlay picture of a photo."""
-        return self.out / OVERLAYS / f"{photo.name}.png"
+        return self.out / OVERLAYS / f"{_stem(photo.name)}.png"
 
     def holds(self, photo: Path) -> bool:
         """Whether a photo is done: it is labelled, and its overlay is there if one is wanted."""
@@ -81,7 +83,7 @@ class Job:
             return None
         try:
             data: dict[str, Any] = read_json(label)
-            return data if data["image"]["file_sha256"] == sha256_file(photo) and "annotations" in data else None
+            return data if data["image"]["file_sha256"] == sha256_file(photo) and is_whole(data) else None
         except (LabelError, OSError, KeyError, TypeError):
             # A damaged label is made again; a photo that cannot be read is named when its turn comes.
             return None
@@ -138,7 +140,7 @@ def _facts(job: Job, sam: Predictor) -> dict[str, Any]:
     info = sam.info()
     return {"settings": {k: v for k, v in job.settings.to_json().items() if k != "batch"},
             "weights_sha256": sam.weights_sha256, "image_size": sam.spec.image_size, "precision": info["precision"],
-            "runtime": info["runtime"], "compute": _compute(info)}
+            "runtime": info["runtime"], "compute": _compute(info), "artifacts_sha256": info.get("artifacts_sha256")}
 
 
 def _compute(info: dict[str, Any]) -> Any:
@@ -149,7 +151,7 @@ def _check_same(out: Path, held: Any, facts: dict[str, Any]) -> None:
     if held == facts:
         return
     held = held if isinstance(held, dict) else {}
-    other = ", ".join(k if k in ("settings", "weights_sha256") else f"{k} {held.get(k)} and now {v}"
+    other = ", ".join(k if k in ("settings", "weights_sha256", "artifacts_sha256") else f"{k} {held.get(k)} and now {v}"
                       for k, v in facts.items() if held.get(k) != v)
     raise UsageError(f"{out} holds masks made with other settings or another model or runtime ({other}); ask for the "
                      "same again, choose another folder or delete it.")
@@ -186,7 +188,8 @@ def embed(sam: Predictor, rgb: Rgb, folder: Path | None) -> Embedding:
     if folder is None:
         return sam.embed(rgb)
     info = sam.info()
-    made_by = [sam.weights_sha256, sam.spec.image_size, info["runtime"], info["precision"], _compute(info)]
+    made_by = [sam.weights_sha256, sam.spec.image_size, info["runtime"], info["precision"], _compute(info),
+               info.get("artifacts_sha256")]
     maker = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
     path = folder / f"{image_id(rgb)[:32]}-{maker[:12]}.npz"
     if path.is_file():
@@ -220,21 +223,23 @@ def run(job: Job, photos: Sequence[Path], workers: int = 1, report: Report = lam
     return outcomes
 
 
-def finish(job: Job, photos: Sequence[Path], shard: int | None = None) -> list[Path]:
-    """Join the labels of all finished photos into COCO files of at most ``shard`` photos each (one when None).
+def finish(job: Job, shard: int | None = None) -> list[Path]:
+    """Join the labels of all finished photos, those of earlier runs included, into COCO files of at most ``shard``
+    photos each (one when None), numbered through.
 
     COCO files of an earlier run that are not among them are removed.
 
     Raises:
+        LabelError: a label of an earlier run is damaged.
         OutputError: the output folder is full or not writable.
     """
-    labels = [job.label(p) for p in sorted(photos) if job.label(p).is_file()]
+    labels = sorted((job.out / LABELS).glob("*.json"))
     size = shard or max(1, len(labels))
     parts = [labels[i:i + size] for i in range(0, len(labels), size)] or [[]]
-    paths = []
+    paths, rows = [], 0
     for i, part in enumerate(parts):
         name = "coco.json" if shard is None else f"coco-{i:05d}-of-{len(parts):05d}.json"
-        write_coco(part, job.out / name)
+        rows += write_coco(part, job.out / name, i * size + 1, rows + 1)
         paths.append(job.out / name)
     with output_errors(job.out):
         for path in job.out.iterdir():
@@ -273,6 +278,14 @@ def _in_processes(job: Job, photos: Sequence[Path], workers: int) -> Generator[D
                           "on, with fewer workers if memory was short.") from e
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _stem(name: str) -> str:
+    """A photo's name, shortened where no ending would fit behind it."""
+    whole = os.fsencode(name)
+    if len(whole) <= NAME_BYTES:
+        return name
+    return f"{os.fsdecode(whole[:NAME_BYTES - 40])}-{hashlib.sha256(whole).hexdigest()[:12]}"
 
 
 def _number(name: str) -> int:

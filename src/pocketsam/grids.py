@@ -27,10 +27,6 @@ class Crop:
     def xywh(self) -> tuple[int, int, int, int]:
         return self.x0, self.y0, self.x1 - self.x0, self.y1 - self.y0
 
-    @property
-    def area(self) -> int:
-        return (self.x1 - self.x0) * (self.y1 - self.y0)
-
 
 def point_grid(side: int) -> NDArray[np.float64]:
     """``side`` x ``side`` cell centres: float64 (side * side, 2) XY in [0, 1], row by row."""

@@ -66,7 +66,7 @@ def read_detections(path: Path) -> list[Detection]:
 
 def _from_csv(path: Path) -> Iterator[Detection]:
     with path.open(newline="", encoding="utf-8-sig") as f:
-        for row in csv.DictReader(f):
+        for row in csv.DictReader(f, skipinitialspace=True):
             x0, y0, x1, y1 = (float(row[c]) for c in COLUMNS[1:])
             category = row.get("category") or "1"
             yield Detection(row["image"], row["image"], (x0, y0, x1, y1),

@@ -61,10 +61,24 @@ def read_json(path: Path) -> Any:
         raise LabelError(f"{path} cannot be read as JSON ({e}); delete it to make it again.") from e
 
 
-def write_coco(sources: Sequence[Path], path: Path) -> int:
+def is_whole(data: dict[str, Any]) -> bool:
+    """Whether what was read has all that COCO files and overlays are made of."""
+    rows = data.get("annotations")
+    return isinstance(rows, list) and {"file_name", "width", "height"} <= data["image"].keys() and all(
+        isinstance(r, dict) and {"area", "segmentation", "predicted_iou"} <= r.keys()
+        and len(r.get("bbox", ())) == 4 for r in rows)
+
+
+def write_coco(sources: Sequence[Path], path: Path, first_image: int = 1, first_row: int = 1) -> int:
     """Join SA-1B style files into one COCO file, holding one photo in memory at a time.
 
-    Images and annotations are numbered from 1 in the order of ``sources``; boxes are COCO's x, y, width, height.
+    Images and annotations are numbered in the order of ``sources``; boxes are COCO's x, y, width, height.
+
+    Args:
+        first_image, first_row: numbers of the first image and annotation.
+
+    Raises:
+        LabelError: a source is damaged.
 
     Returns:
         The number of annotations.
@@ -72,24 +86,36 @@ def write_coco(sources: Sequence[Path], path: Path) -> int:
     with staged_file(path) as staged, staged.open("w", encoding="utf-8") as f:
         f.write('{"images":[')
         for i, source in enumerate(sources):
-            image = read_json(source)["image"]
-            row = {"id": i + 1, "file_name": image["file_name"], "width": image["width"], "height": image["height"]}
+            image = _whole(source)["image"]
+            row = {"id": first_image + i, **{k: image[k] for k in ("file_name", "width", "height")}}
             f.write(("," if i else "") + json.dumps(row, separators=(",", ":")))
         f.write('],"annotations":[')
         count = 0
-        for row in _coco_rows(sources):
+        for row in _coco_rows(sources, first_image):
+            f.write(("," if count else "") + json.dumps({"id": first_row + count, **row}, separators=(",", ":")))
             count += 1
-            f.write(("," if count > 1 else "") + json.dumps({"id": count, **row}, separators=(",", ":")))
         f.write(f'],"categories":[{json.dumps(CATEGORY)}]}}')
     return count
 
 
-def _coco_rows(sources: Sequence[Path]) -> Iterator[dict[str, Any]]:
+def _whole(source: Path) -> dict[str, Any]:
+    data: dict[str, Any] = read_json(source)
+    try:
+        whole = is_whole(data)
+    except (AttributeError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise LabelError(f"{source} is no label in SA-1B style; delete it to make it again.")
+    return data
+
+
+def _coco_rows(sources: Sequence[Path], first_image: int) -> Iterator[dict[str, Any]]:
     for i, source in enumerate(sources):
-        for a in read_json(source)["annotations"]:
+        for a in _whole(source)["annotations"]:
             x, y, w, h = a["bbox"]
-            yield {"image_id": i + 1, "category_id": CATEGORY["id"], "iscrowd": 0, "bbox": [x, y, w + 1, h + 1],
-                   "area": a["area"], "segmentation": a["segmentation"], "score": a["predicted_iou"]}
+            yield {"image_id": first_image + i, "category_id": CATEGORY["id"], "iscrowd": 0,
+                   "bbox": [x, y, w + 1, h + 1], "area": a["area"], "segmentation": a["segmentation"],
+                   "score": a["predicted_iou"]}
 
 
 def overlay(rgb: Rgb, annotations: Sequence[dict[str, Any]]) -> Image.Image:

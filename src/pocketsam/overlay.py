@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from pocketsam.errors import OutputError
 from pocketsam.files import staged_file
 from pocketsam.geometry import Bools
 from pocketsam.images import Rgb
@@ -15,6 +16,7 @@ from pocketsam.images import Rgb
 # Okabe and Ito's palette: distinguishable with colour-vision deficiency.
 PALETTE = ((0, 158, 115), (230, 159, 0), (86, 180, 233), (213, 94, 0), (204, 121, 167), (240, 228, 66), (0, 114, 178))
 ALPHA = 0.5
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", "": "PNG"}
 
 
 def draw(rgb: Rgb, masks: Bools, points: Any = None, labels: Any = None, boxes: Any = None) -> Image.Image:
@@ -53,9 +55,21 @@ def outline(mask: Any, width: int = 1) -> Any:
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG or JPEG, by the file name, atomically."""
+    """Write a PNG, JPEG, WebP or BMP, by the file name, atomically; a name without one of these endings gets a PNG.
+
+    Raises:
+        OutputError: another ending, or the place cannot be written.
+    """
+    check_picture(path)
     with staged_file(path) as staged:
-        image.save(staged, format="JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG")
+        image.save(staged, format=PICTURES.get(path.suffix.lower(), "PNG"))
+
+
+def check_picture(path: Path) -> None:
+    """Raises OutputError if a picture of this name cannot be written."""
+    if path.suffix.lower() not in PICTURES:
+        raise OutputError(f"{path} names no kind of picture that is written here; expected the ending "
+                          f"{', '.join(p for p in PICTURES if p)}.")
 
 
 def save_mask(mask: Any, path: Path) -> None:

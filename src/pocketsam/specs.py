@@ -136,6 +136,11 @@ class ModelSpec:
         if self.padding == "fill" and self.max_points < 2:
             raise ValueError(f"model {self.name!r}: padding 'fill' needs max_points of at least 2")
 
+    @property
+    def least_slots(self) -> int:
+        """Prompt slots that a click and a box need, padding points included."""
+        return {"without_box": 2, "always": 3}.get(self.padding, self.max_points)
+
     def resized(self, image_size: int) -> ModelSpec:
         """The same model for another input side; a model with a prompt frame of its own keeps its embedding grid.
 

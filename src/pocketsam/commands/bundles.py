@@ -48,11 +48,15 @@ def export(
 ) -> None:
     """Export a checkpoint to a bundle, proven against PyTorch."""
     from pocketsam.api import recognised
+    from pocketsam.errors import MissingDependency
     from pocketsam.images import photos_in
 
     images = None if parity_images is None else photos_in(parity_images)
     if model is None and checkpoint is not None:
-        model = recognised(checkpoint)
+        try:
+            model = recognised(checkpoint)
+        except ModuleNotFoundError as e:
+            raise MissingDependency(str(e.name), "torch", "reading a checkpoint") from e
         progress(f"{checkpoint} is {model}", json_)
     model = model or "lite0"
     bundle = pocketsam.export(model, checkpoint=checkpoint, formats=formats(to), precisions=names(precision),

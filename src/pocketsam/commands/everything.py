@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +47,7 @@ def everything(
 ) -> None:
     """Find all masks of a photo or of a folder: overlays, COCO JSON and SA-1B style JSON."""
     from pocketsam.clicks import has_click_graphs
+    from pocketsam.doctor import cores
     from pocketsam.everything import default_settings
     from pocketsam.folders import Job, check_output, finish, prepare
     from pocketsam.images import photos_in
@@ -65,14 +65,14 @@ def everything(
     found = photos_in(photos)
     check_output(output)
     if threads is None:
-        threads = max(1, (os.cpu_count() or 1) // workers)
+        threads = max(1, cores() // workers)
     job = Job(output, default_settings("lite0"), bundle, runtime, precision, threads, overlays, embeddings)
     sam = job.open()
     job = replace(job, settings=replace(default_settings(sam.spec.name), **changes), runtime=sam.info()["runtime"],
                   precision=sam.info()["precision"])
     todo = prepare(job, sam, found)
     outcomes = _run(job, todo, engine, workers, address, sam, json_)
-    files = finish(job, found, shard)
+    files = finish(job, shard)
     info = {**sam.info(), "click_graphs": has_click_graphs(sam.runtime)}
     _show(job, outcomes, len(found) - len(todo), [str(f) for f in files], info, json_)
     if any(d.problem for d in outcomes):

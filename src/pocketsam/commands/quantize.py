@@ -33,30 +33,48 @@ def quantize(
 ) -> None:
     """Quantize a bundle and show per format what int8 costs in masks and gains in size and time."""
     from pocketsam.bundle import read_bundle
-    from pocketsam.errors import MissingDependency
-    from pocketsam.registry import entry
+    from pocketsam.errors import MissingDependency, ParityError, UnknownName, UsageError
+    from pocketsam.files import check_writable
+    from pocketsam.labelled import count_photos
+    from pocketsam.registry import RECIPES, entry
     from pocketsam.specs import CLICK_GRAPHS
 
     opened = read_bundle(bundle)
     name, side = opened.spec.name, opened.spec.image_size
-    done = pocketsam.export(name, checkpoint=checkpoint, formats=opened.formats(), precisions=["fp32", *names(recipe)],
-                            out=bundle, slots=opened.slots, image_size=side, gate=gate, calibration=calibration,
-                            clicks=any(a.graph in CLICK_GRAPHS for a in opened.artifacts),
-                            calibration_images=calibration_images, search_seconds=search,
-                            report=lambda t: progress(t, json_))
+    # Before the hour that follows.
+    for asked in names(recipe):
+        if asked not in RECIPES:
+            raise UnknownName("recipe", asked, RECIPES)
+    if pack is not None and (count < 1 or not count_photos(pack)[1]):
+        raise UsageError(f"nothing to measure on: {count} images of {pack}; expected at least 1, of a pack with masks.")
+    if html is not None:
+        check_writable(html)
+    missed: ParityError | None = None
+    try:
+        pocketsam.export(name, checkpoint=checkpoint, formats=opened.formats(), precisions=["fp32", *names(recipe)],
+                         out=bundle, slots=opened.slots, image_size=side, gate=gate, calibration=calibration,
+                         clicks=any(a.graph in CLICK_GRAPHS for a in opened.artifacts),
+                         calibration_images=calibration_images, search_seconds=search,
+                         report=lambda t: progress(t, json_))
+    except ParityError as e:
+        # The other formats are written, and reported.
+        missed = e
+    done = read_bundle(bundle)
     reference = pocketsam.load(name, checkpoint=checkpoint, runtime="pytorch", image_size=side)
     try:
         measure = entry("pocketsam.quantize.report:measure")
     except ModuleNotFoundError as e:
         raise MissingDependency(str(e.name), "all", "the int8 report") from e
     rows, worst = measure(done, reference, names(recipe), pack, count, lambda t: progress(t, json_))
+    if json_:
+        print_json([r.to_json() for r in rows])
+    else:
+        shown = table(*(rows[0].heads() if rows else ("nothing was quantized",)))
+        for row in rows:
+            shown.add_row(*(escape(c) for c in row.cells()))
+        out.print(shown)
     if html is not None:
         entry("pocketsam.quantize.page:write")(html, done, rows, worst)
         progress(f"wrote {html}", json_)
-    if json_:
-        print_json([r.to_json() for r in rows])
-        return
-    shown = table(*(rows[0].heads() if rows else ("nothing was quantized",)))
-    for row in rows:
-        shown.add_row(*(escape(c) for c in row.cells()))
-    out.print(shown)
+    if missed is not None:
+        raise missed

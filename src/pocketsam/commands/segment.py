@@ -29,7 +29,10 @@ def segment(
 ) -> None:
     """Segment one photo with points or boxes."""
     from pocketsam.images import load_rgb
+    from pocketsam.overlay import check_picture
 
+    if output is not None:
+        check_picture(output)
     points, labels = _parse_points(point or [])
     boxes = [_floats(b, (4,), "box", "x0,y0,x1,y1") for b in box or []]
     if len(boxes) > 1 and points:

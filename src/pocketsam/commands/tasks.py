@@ -56,9 +56,10 @@ def edges(
     from pocketsam.everything import Settings
     from pocketsam.files import check_writable
     from pocketsam.images import load_rgb
-    from pocketsam.overlay import save_image
+    from pocketsam.overlay import check_picture, save_image
 
     Settings(points_per_side=grid)
+    check_picture(output)
     check_writable(output)
     rgb = load_rgb(photo)
     sam = pocketsam.load(bundle, runtime=runtime, precision=precision, threads=threads)
