@@ -17,7 +17,7 @@ from openvino import opset13 as opset
 from pocketsam.bundle import IR_FILE
 from pocketsam.export.openvino import save
 from pocketsam.quantize.openvino_attention import global_attention, make_signed, spell_out
-from pocketsam.quantize.openvino_ranges import set_range
+from pocketsam.quantize.openvino_ranges import leave_to_layers, set_range
 from pocketsam.quantize.recipes import Job, narrow_grid
 from pocketsam.quantize.tables import in_8_bits, is_table
 
@@ -76,13 +76,16 @@ class OpenVinoQuantizer:
 
             model = self._read()
             logits = spell_out(model, set(self._attention(model)) - keep)
-            computed = set(self._computed(model)).difference(logits)
+            computed = {*self._computed(model), *self._tables(model)}.difference(logits)
             ignored = nncf.IgnoredScope(names=sorted(computed | keep), validate=False)
             if self.job.recipe == "int8-weights":
                 done = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=ignored)
             else:
-                done = self._quantized(model, ignored)
+                layers = self._rounded(model)
+                done = self._quantized(model, layers, ignored)
                 make_signed(done, logits)
+                if self.job.prepared is not None:
+                    leave_to_layers(done, {*layers, *logits} - keep)
             _store_tables(done)
             save(done, path)
 
@@ -90,7 +93,8 @@ class OpenVinoQuantizer:
         """Of the encoder only: in the decoder each token's attention to the image decides on the mask."""
         return global_attention(model) if self.job.recipe == "int8" and self.job.prepared is not None else []
 
-    def _quantized(self, model: ov.Model, ignored: Any) -> ov.Model:
+    def _quantized(self, model: ov.Model, rounded: dict[str, tuple[NDArray[np.float32], Layer]],
+                   ignored: Any) -> ov.Model:
         import nncf
         from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
@@ -99,8 +103,6 @@ class OpenVinoQuantizer:
         advanced = nncf.AdvancedQuantizationParameters(
             overflow_fix=nncf.OverflowFix.DISABLE, disable_bias_correction=self.job.prepared is not None,
             activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX)
-        rounded = {o.get_friendly_name(): (weights, layer) for o in model.get_ordered_ops()
-                   if (weights := _weights(o)) is not None and (layer := self.job.layer_of(weights)) is not None}
         done = nncf.quantize(model, nncf.Dataset(self._samples), subset_size=len(self._samples),
                              preset=nncf.QuantizationPreset.MIXED, ignored_scope=ignored,
                              advanced_parameters=advanced)
@@ -114,6 +116,20 @@ class OpenVinoQuantizer:
         for operator in done.get_ordered_ops():
             _flatten(operator)
         return done
+
+    def _rounded(self, model: ov.Model) -> dict[str, tuple[NDArray[np.float32], Layer]]:
+        """Names of the layers that are prepared for 8 bits, with their weights and what is known of them."""
+        return {o.get_friendly_name(): (weights, layer) for o in model.get_ordered_ops()
+                if (weights := _weights(o)) is not None and (layer := self.job.layer_of(weights)) is not None}
+
+    def _tables(self, model: ov.Model) -> list[str]:
+        """Products with constants that are no layer, such as SAM's tables of relative positions: what reads them is a
+        bias of the attention logits, and queries would be rounded for them alone.
+        """
+        if self.job.prepared is None or self.job.recipe != "int8":
+            return []
+        return [o.get_friendly_name() for o in model.get_ordered_ops()
+                if (weights := _weights(o)) is not None and self.job.layer_of(weights) is None]
 
     def _read(self) -> ov.Model:
         return ov.Core().read_model(self.job.source / IR_FILE)

@@ -9,12 +9,10 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as opset
 
-from pocketsam.quantize.openvino_ranges import set_range
+from pocketsam.quantize.openvino_ranges import MOVED, set_range
 
 # Keys from which it pays; the windows of other models are small and quick (docs/adr/0006).
 GLOBAL = 1024
-# What may stand between a rounded tensor and the product that reads it.
-MOVED = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "VariadicSplit", "Slice", "StridedSlice")
 LOGITS = "/logits"
 
 

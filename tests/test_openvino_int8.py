@@ -15,6 +15,8 @@ from openvino import opset13 as opset
 from torch import Tensor, nn
 
 from pocketsam import registry
+from pocketsam.export import rewrites
+from pocketsam.export.graphs import EncoderGraph
 from pocketsam.models.catalog import spec
 from pocketsam.quantize.correction import Layer, prepare
 from pocketsam.quantize.grid import channels_first, column, nearest, steps
@@ -86,19 +88,20 @@ def test_transposed_convolutions_keep_their_channels() -> None:
 
 
 class Windows(nn.Module):
-    """A padded map of tokens with a residual stream, attention and norms, as TinyViT and SAM 2 have them."""
+    """A padded map of tokens with positions, a residual stream, attention and norms, as SAM and SAM 2 have them."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.stem, self.neck = nn.Conv2d(3, 16, 8, 8), nn.Conv2d(16, 8, 1)
         self.norm, self.last = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.positions = nn.Parameter(torch.randn(1, 4, 4, 16))
         self.q, self.k, self.v, self.proj = (nn.Linear(16, 16) for _ in range(4))
         self.requires_grad_(False)
 
     def forward(self, image: Tensor) -> tuple[Tensor]:
         b = len(image)
-        x = self.stem(image.permute(0, 3, 1, 2).float() / 64 - 2).permute(0, 2, 3, 1)
+        x = self.stem(image.permute(0, 3, 1, 2).float() / 64 - 2).permute(0, 2, 3, 1) + self.positions
         tokens = self.norm(F.pad(x, (0, 0, 0, 1, 0, 1))).reshape(b, 25, 16)
         q, k, v = (part(tokens).reshape(b, 25, 2, 8).transpose(1, 2) for part in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, 5, 5, 16)
@@ -131,6 +134,23 @@ def test_only_weighted_layers_read_rounded_activations(tmp_path: Path) -> None:
 def _reads(node: Any) -> list[Any]:
     readers = [t.get_node() for t in node.output(0).get_target_inputs()]
     return [r for n in readers for r in (_reads(n) if n.get_type_name() in PASSED else [n])]
+
+
+def test_tables_of_relative_positions_are_not_rounded(toy_registered: None, tmp_path: Path) -> None:
+    """SAM's ViT multiplies queries with them; the simulation rounds layers only."""
+    torch.manual_seed(0)
+    model = registry.load("model", "toy_sam")().requires_grad_(False)
+    rewrites.prepare(model)
+    tool = quantizer(EncoderGraph(model), (1, 128, 128, 3), (1, 32, 8, 8), tmp_path)
+    layers = tool.layers()
+    known = [name for name, weights in layers.items() if tool.job.layer_of(weights) is not None]
+    assert 8 <= len(known) < len(layers) - 1
+    tool.write(tmp_path / "int8.ir")
+    quantized = ov.Core().read_model(tmp_path / "int8.ir" / "model.xml")
+    # The table of positions is added, and stored in 8 bits.
+    codes = [o for o in quantized.get_ordered_ops() if o.get_type_name() == "Constant"
+             and o.get_element_type() == ov.Type.i8 and o.get_output_shape(0)[0] > 1]
+    assert len(codes) == len(known)
 
 
 class Everywhere(nn.Module):
