@@ -11,7 +11,9 @@ from openvino import opset13 as opset
 
 # What may stand between a rounded tensor and the layer that reads it: values are moved, or stay on their grid.
 MOVED = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "VariadicSplit", "Slice", "StridedSlice", "Gather",
-         "Concat", "Pad", "Convert", "Interpolate", "AvgPool", "MaxPool", "Relu", "Clamp")
+         "Concat", "Pad", "Convert", "Relu", "Clamp")
+# These are quicker in 8 bits, whoever reads them.
+RESIZED = ("Interpolate", "AvgPool", "MaxPool")
 
 
 def set_range(quantizer: Any, low: float, high: float) -> None:
@@ -22,8 +24,8 @@ def set_range(quantizer: Any, low: float, high: float) -> None:
 
 
 def leave_to_layers(model: ov.Model, layers: Collection[str]) -> None:
-    """Let only layers read what is rounded, and all else what lies before: the tool also rounds what positions are
-    added to, and with it a whole residual stream.
+    """Let only layers and resizing read what is rounded, and all else what lies before: the tool also rounds what
+    positions are added to, and with it a whole residual stream.
 
     Args:
         layers: names of the operators that compute in 8 bits.
@@ -35,7 +37,7 @@ def leave_to_layers(model: ov.Model, layers: Collection[str]) -> None:
 
 
 def _reaches(node: Any, layers: Collection[str]) -> bool:
-    if node.get_friendly_name() in layers:
+    if node.get_friendly_name() in layers or node.get_type_name() in RESIZED:
         return True
     return node.get_type_name() in MOVED and any(
         _reaches(t.get_node(), layers) for o in node.outputs() for t in o.get_target_inputs())
