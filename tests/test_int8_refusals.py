@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import pocketsam
-from pocketsam.bundle import read_bundle
+from pocketsam.bundle import Artifact, read_bundle
 from pocketsam.errors import BundleError, ParityError
 from pocketsam.photos import photo_paths
 from pocketsam.quantize.onnx import OnnxQuantizer
+from pocketsam.quantize.pair import Pair
 
 check_source = OnnxQuantizer.check_source
 
@@ -73,6 +75,23 @@ def test_a_decoder_that_is_refused_stays_in_float(toy_checkpoint: Path, tmp_path
     assert decoder.path.endswith("decoder.fp32.onnx")
     assert "no such kernel" in decoder.quantization["kept_in_float"]
     assert {p.name for p in (out / "onnx").iterdir()} == {Path(a.path).name for a in bundle.artifacts}
+
+
+@pytest.mark.parametrize(("both", "reason"), [(0.984, "lowers the mean mask IoU from 0.9900 to 0.9840"), (0.986, "")])
+def test_a_decoder_that_costs_masks_stays_in_float(toy_checkpoint: Path, tmp_path: Path, both: float, reason: str,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """However low the gate is: the encoder is most of the time."""
+    def agreement(pair: Pair, encoder: Artifact, decoder: Artifact, images: object) -> dict[str, Any]:
+        mean = both if decoder.path.endswith("decoder.int8.onnx") else 0.99
+        return {"all": {"mean": mean, "worst": mean, "prompts": 8}}
+
+    monkeypatch.setattr(Pair, "_agreement", agreement)
+    monkeypatch.setattr(Pair, "_ratio", lambda *_: 2.0)
+    bundle = pocketsam.export("toy_sam", checkpoint=toy_checkpoint, precisions=["fp32", "int8"], out=tmp_path / "b",
+                              gate=0.0, images=photo_paths()[:1], calibration_images=2, clicks=False)
+    decoder = bundle.find("onnx", "int8", "decoder")
+    assert reason in decoder.quantization["kept_in_float"]
+    assert decoder.path.endswith("decoder.fp32.onnx") == bool(reason)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("primitive\nand a second line"), BundleError("primitive.")])
