@@ -106,7 +106,7 @@ def test_a_damaged_kit_is_refused_on_the_device(toy_bundle: Path, tmp_path: Path
     done = run(kit, out, "--threads", "0")
     assert done.returncode == 2
     assert "expected at least 1 thread, not 0" in done.stderr
-    done = run(kit, tmp_path / "none/r.json")
+    done = run(kit, out, "-o", str(tmp_path / "none/r.json"))
     assert done.returncode == 2
     assert "--out in a folder that exists" in done.stderr
     with (kit / "onnx/decoder.fp32.onnx").open("r+b") as f:

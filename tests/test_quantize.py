@@ -307,7 +307,7 @@ def test_quantize_command(cli: Run, toy_bundle: Path, toy_checkpoint: Path, tmp_
     # Told before the work.
     for words, options in (("unknown recipe 'fp16'", ("--recipe", "fp16")),
                            ("0 images", ("--pack", "x", "--images", 0)),
-                           ("does not exist", ("--pack", tmp_path / "none.tar")),
+                           ("cannot be used as a pack", ("--pack", tmp_path / "none.tar")),
                            ("cannot write", ("--html", out / "bundle.json" / "x.html"))):
         refused = cli("quantize", out, "--checkpoint", toy_checkpoint, *options)
         assert refused.code == 2

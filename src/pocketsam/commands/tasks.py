@@ -59,8 +59,8 @@ def edges(
     from pocketsam.overlay import check_picture, save_image
 
     Settings(points_per_side=grid)
-    check_picture(output)
     check_writable(output)
+    check_picture(output)
     rgb = load_rgb(photo)
     sam = pocketsam.load(bundle, runtime=runtime, precision=precision, threads=threads)
     strength = find_edges(sam, rgb, grid)
