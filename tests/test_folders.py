@@ -145,10 +145,13 @@ def test_a_damaged_label_is_made_again(photos: Path, toy_bundle: Path, tmp_path:
 
 def test_photos_of_earlier_calls_stay_in_the_coco_file(cli: Run, photos: Path, toy_bundle: Path,
                                                        tmp_path: Path) -> None:
-    for name in ("p1.png", "p0.png", "p3.png"):
+    (photos / "p1.png").rename(photos / ".p1.png")
+    for name in (".p1.png", "p0.png", "p3.png"):
         assert everything(cli, photos / name, tmp_path / "out", toy_bundle).code == 0
+        # What a killed process leaves.
+        (tmp_path / "out/labels/.p2.png.k1ll3d.json").write_text('{"image": {"file_name": "p2.png"')
     coco = json.loads((tmp_path / "out/coco.json").read_text())
-    assert [i["file_name"] for i in coco["images"]] == ["p0.png", "p1.png", "p3.png"]
+    assert [i["file_name"] for i in coco["images"]] == [".p1.png", "p0.png", "p3.png"]
     # Parts are numbered through, so that they can be joined.
     assert everything(cli, photos / "p0.png", tmp_path / "out", toy_bundle, "--shard", "1").code == 0
     parts = [json.loads(p.read_text()) for p in sorted((tmp_path / "out").glob("coco-*.json"))]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,14 +26,21 @@ from pocketsam.errors import EmbeddingError, ImageError, LabelError, OutputError
 from pocketsam.everything import Settings, segment_everything
 from pocketsam.files import output_errors, sha256_file
 from pocketsam.images import Rgb, image_id, load_rgb
-from pocketsam.labels import is_whole, overlay, read_json, sa1b, save_overlay, write_coco, write_json
+from pocketsam.labels import (
+    COCO_FILE,
+    is_whole,
+    join_labels,
+    overlay,
+    read_json,
+    sa1b,
+    save_overlay,
+    stem_of,
+    write_json,
+)
 from pocketsam.predictor import Predictor
 from pocketsam.registry import RUNTIME_OPTIONS
 
 LABELS, OVERLAYS, JOB = "labels", "overlays", "job.json"
-# Most file systems take names of 255 bytes; ``.json`` follows, and a file that is not whole yet has a longer name.
-NAME_BYTES = 240
-COCO_FILE = re.compile(r"coco(-\d{5,}-of-\d{5,})?\.json")
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,11 @@ class Job:
 
     def label(self, photo: Path) -> Path:
         """The label file of a photo; the whole file name is kept, so ``a.jpg`` and ``a.png`` do not collide."""
-        return self.out / LABELS / f"{_stem(photo.name)}.json"
+        return self.out / LABELS / f"{stem_of(photo.name)}.json"
 
     def overlay(self, photo: Path) -> Path:
         """The overlay picture of a photo."""
-        return self.out / OVERLAYS / f"{_stem(photo.name)}.png"
+        return self.out / OVERLAYS / f"{stem_of(photo.name)}.png"
 
     def holds(self, photo: Path) -> bool:
         """Whether a photo is done: it is labelled, and its overlay is there if one is wanted."""
@@ -224,28 +230,8 @@ def run(job: Job, photos: Sequence[Path], workers: int = 1, report: Report = lam
 
 
 def finish(job: Job, shard: int | None = None) -> list[Path]:
-    """Join the labels of all finished photos, those of earlier runs included, into COCO files of at most ``shard``
-    photos each (one when None), numbered through.
-
-    COCO files of an earlier run that are not among them are removed.
-
-    Raises:
-        LabelError: a label of an earlier run is damaged.
-        OutputError: the output folder is full or not writable.
-    """
-    labels = sorted((job.out / LABELS).glob("*.json"))
-    size = shard or max(1, len(labels))
-    parts = [labels[i:i + size] for i in range(0, len(labels), size)] or [[]]
-    paths, rows = [], 0
-    for i, part in enumerate(parts):
-        name = "coco.json" if shard is None else f"coco-{i:05d}-of-{len(parts):05d}.json"
-        rows += write_coco(part, job.out / name, i * size + 1, rows + 1)
-        paths.append(job.out / name)
-    with output_errors(job.out):
-        for path in job.out.iterdir():
-            if COCO_FILE.fullmatch(path.name) and path not in paths:
-                path.unlink(missing_ok=True)
-    return paths
+    """COCO files of all finished photos, those of earlier runs included: :func:`pocketsam.labels.join_labels`."""
+    return join_labels(job.out / LABELS, job.out, shard)
 
 
 def _here(job: Job, photos: Sequence[Path], sam: Predictor | None) -> Generator[Done, None, None]:
@@ -278,14 +264,6 @@ def _in_processes(job: Job, photos: Sequence[Path], workers: int) -> Generator[D
                           "on, with fewer workers if memory was short.") from e
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _stem(name: str) -> str:
-    """A photo's name, shortened where no ending would fit behind it."""
-    whole = os.fsencode(name)
-    if len(whole) <= NAME_BYTES:
-        return name
-    return f"{os.fsdecode(whole[:NAME_BYTES - 40])}-{hashlib.sha256(whole).hexdigest()[:12]}"
 
 
 def _number(name: str) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import colorsys
+import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,15 @@ from PIL import Image
 from pocketsam import rle
 from pocketsam.errors import LabelError
 from pocketsam.everything import MaskRecord
-from pocketsam.files import staged_file
+from pocketsam.files import output_errors, staged_file
 from pocketsam.images import Rgb
 from pocketsam.overlay import ALPHA
 
 GOLDEN_RATIO = 0.618033988749895
 CATEGORY = {"id": 1, "name": "object"}
+# Most file systems take names of 255 bytes; ``.json`` follows, and a file that is not whole yet has a longer name.
+NAME_BYTES = 240
+COCO_FILE = re.compile(r"coco(-\d{5,}-of-\d{5,})?\.json")
 
 
 def sa1b(records: Sequence[MaskRecord], file_name: str, height: int, width: int, image_id: int) -> dict[str, Any]:
@@ -61,12 +67,52 @@ def read_json(path: Path) -> Any:
         raise LabelError(f"{path} cannot be read as JSON ({e}); delete it to make it again.") from e
 
 
+def stem_of(name: str) -> str:
+    """A photo's name, shortened where no ending would fit behind it."""
+    whole = os.fsencode(name)
+    if len(whole) <= NAME_BYTES:
+        return name
+    return f"{os.fsdecode(whole[:NAME_BYTES - 40])}-{hashlib.sha256(whole).hexdigest()[:12]}"
+
+
 def is_whole(data: dict[str, Any]) -> bool:
     """Whether what was read has all that COCO files and overlays are made of."""
     rows = data.get("annotations")
     return isinstance(rows, list) and {"file_name", "width", "height"} <= data["image"].keys() and all(
         isinstance(r, dict) and {"area", "segmentation", "predicted_iou"} <= r.keys()
         and len(r.get("bbox", ())) == 4 for r in rows)
+
+
+def join_labels(folder: Path, out: Path, shard: int | None = None) -> list[Path]:
+    """Join the labels of a folder into COCO files of at most ``shard`` photos each (one when None), numbered through.
+
+    COCO files of an earlier run that are not among them are removed.
+
+    Raises:
+        LabelError: a label is damaged.
+        OutputError: the output folder is full or not writable.
+    """
+    labels = [p for p in sorted(folder.glob("*.json")) if not p.name.startswith(".") or _is_label(p)]
+    size = shard or max(1, len(labels))
+    parts = [labels[i:i + size] for i in range(0, len(labels), size)] or [[]]
+    paths, rows = [], 0
+    for i, part in enumerate(parts):
+        path = out / ("coco.json" if shard is None else f"coco-{i:05d}-of-{len(parts):05d}.json")
+        rows += write_coco(part, path, i * size + 1, rows + 1)
+        paths.append(path)
+    with output_errors(out):
+        for path in out.iterdir():
+            if COCO_FILE.fullmatch(path.name) and path not in paths:
+                path.unlink(missing_ok=True)
+    return paths
+
+
+def _is_label(path: Path) -> bool:
+    """Whether a hidden file is the label of a hidden photo, and not what a killed process left half-written."""
+    try:
+        return bool(path.name == f"{stem_of(read_json(path)['image']['file_name'])}.json")
+    except (LabelError, KeyError, TypeError):
+        return False
 
 
 def write_coco(sources: Sequence[Path], path: Path, first_image: int = 1, first_row: int = 1) -> int:
