@@ -50,6 +50,7 @@ class OnnxQuantizer:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self.check_source(job.source)
         self._folder = tempfile.TemporaryDirectory()
         self._prepared = Path(self._folder.name) / "prepared.onnx"
         with quiet():
