@@ -72,6 +72,9 @@ the processor must have; `auto` never does. torch.compile is PyTorch's own compi
 torch.onnx.export and ORT dynamic int8 are what a plain exporter ships: the model without our rewrites, in ONNX Runtime
 with default options, and ONNX Runtime's dynamic quantization of it. The row transformers is Hugging Face's SamModel in
 PyTorch, with random weights.
+
+Where Core ML's fp16 has an agreement of 0, activations of untrained weights leave the range of fp16 (5 million in
+EfficientViT-SAM XL1); an export refuses such a file by its gate, which is off here.
 """
 UNTRAINED = """\
 Deterministic, untrained weights: times and sizes are a trained model's, masks and agreement are not. Which layers int8
