@@ -116,8 +116,9 @@ def _rows(bundle: Bundle, measured: list[Measured], against: str) -> list[dict[s
         if t.format:
             parts = {a.graph: a for a in bundle.artifacts if (a.format, a.precision) == (t.format, t.precision)}
             row |= held(parts)
-            # The export measured what f32 gives.
-            row["agreement"] = None if t.compute else row["agreement"]
+            if t.compute:
+                # The export measured what f32 gives.
+                row["agreement"] = None
         rows.append({**row, **own})
     return rows
 

@@ -124,8 +124,8 @@ def _read(source: Path | None, count: int, rng: np.random.Generator) -> tuple[di
         except ImageError as e:
             skipped.append(f"{path.name} ({e})")
             continue
-        copies += image_id(image) in unique
-        unique.setdefault(image_id(image), image)
+        copies += (digest := image_id(image)) in unique
+        unique.setdefault(digest, image)
     if not unique:
         raise ImageError(f"none of the {len(paths)} calibration images in {source} can be read; the first: "
                          f"{skipped[0]}")

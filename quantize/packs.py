@@ -46,8 +46,8 @@ def pack_images(path: Path, count: int, rng: np.random.Generator) -> tuple[dict[
             except (ImageError, LabelError, *UNUSABLE) as e:
                 skipped.append(f"{pack.rows[i]['id']}.jpg ({e})")
                 continue
-            copies += image_id(image) in found
-            found.setdefault(image_id(image), image)
+            copies += (digest := image_id(image)) in found
+            found.setdefault(digest, image)
     if not found:
         raise ImageError(f"none of the {len(pack.rows)} images in {path} can be read.")
     return found, skipped, copies
