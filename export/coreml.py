@@ -155,10 +155,10 @@ def fits_fp16(operation: Any) -> bool:
     would be 0.
     """
     kind = operation.op_type
-    if kind in ALWAYS_FP32 or _quotient(operation) or _raw(operation, {}):
+    if kind in ALWAYS_FP32 or _quotient(operation) or _raw(operation):
         return False
-    return not (_leads_to(operation, _sensitive, LOGIT_PATH, passes=kind in LOGIT_PATH | WEIGHTED)
-                or _leads_to(operation, _quotient, SUM_PATH, passes=kind in SUM_PATH))
+    return not ((kind in LOGIT_PATH | WEIGHTED and _leads_to(operation, _sensitive, LOGIT_PATH))
+                or (kind in SUM_PATH and _leads_to(operation, _quotient, SUM_PATH)))
 
 
 def _sensitive(operation: Any) -> bool:
@@ -170,21 +170,33 @@ def _quotient(operation: Any) -> bool:
     return operation.op_type == "real_div" and operation.y.val is None
 
 
-def _raw(operation: Any, known: dict[int, bool]) -> bool:
-    """No weighted layer between the graph's inputs and this result."""
-    if id(operation) not in known:
-        parents = [v.op for values in operation.inputs.values()
-                   for v in (values if isinstance(values, (list, tuple)) else [values])]
-        known[id(operation)] = operation.op_type not in WEIGHTED and all(p is None or _raw(p, known) for p in parents)
-    return known[id(operation)]
+def _raw(operation: Any) -> bool:
+    """No weighted layer between the graph's inputs and this result, nor is it one."""
+    # The residual stream of a transformer is one chain of operators, too long for recursion.
+    waiting, seen = [operation], {id(operation)}
+    while waiting:
+        here = waiting.pop()
+        if here.op_type in WEIGHTED:
+            return False
+        for values in here.inputs.values():
+            for value in values if isinstance(values, (list, tuple)) else [values]:
+                if value.op is not None and id(value.op) not in seen:
+                    seen.add(id(value.op))
+                    waiting.append(value.op)
+    return True
 
 
-def _leads_to(operation: Any, end: Callable[[Any], bool], path: frozenset[str], passes: bool) -> bool:
-    """Some path of operators in ``path`` from this operator's results to an ``end``."""
-    if not passes:
-        return False
-    return any(end(child) or _leads_to(child, end, path, child.op_type in path)
-               for out in operation.outputs for child in out.child_ops)
+def _leads_to(operation: Any, end: Callable[[Any], bool], path: frozenset[str]) -> bool:
+    """Whether operators of ``path``, or none, lie between this operator and an ``end`` that uses its results."""
+    waiting, seen = [operation], {id(operation)}
+    while waiting:
+        for child in (child for out in waiting.pop().outputs for child in out.child_ops):
+            if end(child):
+                return True
+            if child.op_type in path and id(child) not in seen:
+                seen.add(id(child))
+                waiting.append(child)
+    return False
 
 
 def coremltools() -> Any:

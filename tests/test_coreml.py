@@ -209,6 +209,31 @@ def test_without_the_selector_they_overflow(hot_checkpoint: Path, tmp_path: Path
     assert compare(hybrid.reference, predictor, [golden_image]).mean < 0.5
 
 
+class Deep(nn.Module):
+    """A residual stream longer than Python's stack, as of SAM 2.1 large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for _ in range(350):
+            x = 0.5 * (x + x.sigmoid())
+        return x
+
+
+def test_a_deep_encoder_is_converted_to_fp16(tmp_path: Path) -> None:
+    graph, x = Deep().eval(), torch.randn(1, 3, 8, 8)
+    spec = GraphSpec("encoder", (TensorSpec("x", "float32", (1, 3, 8, 8)),),
+                     (TensorSpec("y", "float32", (1, 4, 8, 8)),))
+    coreml.convert(graph, spec, "fp16", 1).save(str(tmp_path / "encoder.mlpackage"))
+    with torch.no_grad():
+        expected = graph(x).numpy()
+    got = Evaluator(tmp_path / "encoder.mlpackage").run({"x": x.numpy()})["y"]
+    np.testing.assert_allclose(got, expected, atol=5e-3)
+
+
 def linear_attention(path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Answers of PyTorch and of an fp16 package; large keys, and positions whose queries are all negative."""
     torch.manual_seed(0)
