@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent / "reference"))
 
@@ -242,3 +243,14 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of four small photos of noise."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(4):
+        rgb = np.random.default_rng(i).integers(0, 256, (40 + i, 60, 3), dtype=np.uint8)
+        Image.fromarray(rgb).save(folder / f"p{i}.png")
+    return folder
