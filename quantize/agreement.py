@@ -15,6 +15,8 @@ from pocketsam.runtime import Runtime
 
 ROUNDS = 12
 WARMUP = 2
+# Calls that take long need fewer: after so many seconds no further round is begun, but for the least number.
+SECONDS, LEAST_ROUNDS = 30.0, 3
 # Ratios within this of 1 are equal on a shared machine: neither faster nor slower.
 NOISE = 1.03
 
@@ -25,12 +27,21 @@ def agreement(reference: Runtime, candidate: Runtime, images: Sequence[Rgb], see
 
 
 def time_ratio(fast: Callable[[], Any], base: Callable[[], Any], rounds: int = ROUNDS) -> float:
-    """How many times faster ``fast`` is than ``base``: median over interleaved rounds, so that drift cancels."""
+    """How many times faster ``fast`` is than ``base``: median over interleaved rounds, so that drift cancels.
+
+    Args:
+        rounds: fewer, at least three, where they take more than half a minute.
+    """
+    end = time.perf_counter() + SECONDS
     for _ in range(WARMUP):
         fast()
         base()
+        if time.perf_counter() > end - SECONDS / 2:
+            break
     ratios = []
     for i in range(rounds):
+        if i >= LEAST_ROUNDS and time.perf_counter() > end:
+            break
         order = (fast, base) if i % 2 else (base, fast)
         spent = {}
         for call in order:

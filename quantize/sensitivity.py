@@ -9,6 +9,7 @@ float.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 ENOUGH = 27.0
 # A layer below this, alone, may get scales.
 ALONE = 38.0
+# Neighbours that are rounded at once first; above this they are harmless and not asked one by one.
+GROUP, HARMLESS = 4, ALONE
 # A layer with fewer products for each value that it moves gets none: two scales would cost it more than float.
 LIGHT = 64
 # Share of the layers that may be left in float; beyond, int8 is not worth its name.
@@ -47,9 +50,23 @@ class _Judge:
             return self._worst(self.module(self.batch))
 
     def alone(self, layers: Sequence[Layer]) -> list[float]:
-        """With the activations of one layer rounded at a time, for layers in execution order."""
+        """With the activations of one layer rounded at a time, for layers in execution order.
+
+        Neighbours that are harmless together get equal shares of their noise: three quarters of a large transformer's
+        calls are saved so.
+        """
         prefix = Prefix(self.module, self.batch)
-        return [self._worst(prefix.run(layer.module, _rounding([layer]))) for layer in layers]
+
+        def rounded(chosen: Sequence[Layer]) -> float:
+            return self._worst(prefix.run(chosen[0].module, _rounding(chosen)))
+
+        found: list[float] = []
+        for start in range(0, len(layers), GROUP):
+            group = layers[start:start + GROUP]
+            together = rounded(group)
+            shares = [together + 10 * math.log10(len(group))] * len(group)
+            found += shares if together >= HARMLESS or len(group) == 1 else [rounded([layer]) for layer in group]
+        return found
 
     def _worst(self, maps: Sequence[Tensor]) -> float:
         return min(_decibels(a, b) for a, b in zip(self.truth, maps, strict=True))

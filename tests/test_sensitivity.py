@@ -18,7 +18,7 @@ from pocketsam.models.catalog import spec
 from pocketsam.quantize.channels import ChannelScale, Form, Plan, Side, can_scale, put, write_scales
 from pocketsam.quantize.correction import Layer, Prepared, prepare
 from pocketsam.quantize.recipes import Job, check
-from pocketsam.quantize.sensitivity import _costs, _decibels
+from pocketsam.quantize.sensitivity import ALONE, _costs, _decibels, _Judge, _noise
 from pocketsam.specs import GraphSpec
 
 
@@ -82,6 +82,32 @@ def test_layers_of_little_work_stay_in_float_instead(images: list[Any]) -> None:
     layouts = {"a": module.stem.weight.numpy(), "b": module.expand.weight.numpy(),
                "c": module.depthwise.weight.numpy().transpose(1, 2, 3, 0), "d": module.project.weight.numpy()}
     assert found.in_float(layouts) == ["a", "b", "c"]
+
+
+def test_neighbours_that_are_harmless_together_are_not_asked_one_by_one() -> None:
+    torch.manual_seed(0)
+    chain = nn.Sequential(*(nn.Linear(32, 32) for _ in range(10))).requires_grad_(False)
+    calls: list[int] = []
+    chain[9].register_forward_hook(lambda *_: calls.append(1))
+    judge = _Judge(nn.Sequential(chain, Alone()), torch.randn(256, 32))
+    layers = [Layer(m, reads=(-4.0, 4.0), writes=(-4.0, 4.0)) for m in chain if isinstance(m, nn.Linear)]
+    layers[5].reads = layers[5].writes = (-400.0, 400.0)
+    want = [judge.activations([layer]) for layer in layers]
+    calls.clear()
+    found = judge.alone(layers)
+    # One to know the layers, three groups, and the four of the second group.
+    assert len(calls) == 8
+    assert found[4:8] == pytest.approx(want[4:8])
+    assert found[5] == min(found) < ALONE - 10
+    for group in (slice(0, 4), slice(8, 10)):
+        assert sum(map(_noise, found[group])) == pytest.approx(sum(map(_noise, want[group])), rel=0.2)
+
+
+class Alone(nn.Module):
+    """Feature maps are several."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (x,)
 
 
 def test_float_costs_weights_and_products() -> None:
