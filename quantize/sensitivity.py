@@ -9,7 +9,6 @@ float.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 ENOUGH = 27.0
 # A layer below this, alone, may get scales.
 ALONE = 38.0
-# Neighbours that are rounded at once first; above this they are harmless and not asked one by one.
+# Neighbours that are rounded at once first; above this they are harmless, and asked one by one when it is their turn.
 GROUP, HARMLESS = 4, ALONE
 # A layer with fewer products for each value that it moves gets none: two scales would cost it more than float.
 LIGHT = 64
@@ -49,11 +48,13 @@ class _Judge:
         with hooked(_rounding(layers)):
             return self._worst(self.module(self.batch))
 
-    def alone(self, layers: Sequence[Layer]) -> list[float]:
+    def alone(self, layers: Sequence[Layer]) -> tuple[list[float], dict[int, range]]:
         """With the activations of one layer rounded at a time, for layers in execution order.
 
-        Neighbours that are harmless together get equal shares of their noise: three quarters of a large transformer's
-        calls are saved so.
+        Neighbours that are harmless together are not asked one by one, which saves most of a large transformer's calls.
+
+        Returns:
+            Decibels of each layer, and the groups of those whose decibels are only those of their whole group.
         """
         prefix = Prefix(self.module, self.batch)
 
@@ -61,12 +62,16 @@ class _Judge:
             return self._worst(prefix.run(chosen[0].module, _rounding(chosen)))
 
         found: list[float] = []
+        groups: dict[int, range] = {}
         for start in range(0, len(layers), GROUP):
-            group = layers[start:start + GROUP]
-            together = rounded(group)
-            shares = [together + 10 * math.log10(len(group))] * len(group)
-            found += shares if together >= HARMLESS or len(group) == 1 else [rounded([layer]) for layer in group]
-        return found
+            group = range(start, min(start + GROUP, len(layers)))
+            together = rounded(layers[group.start:group.stop])
+            if len(group) == 1 or together < HARMLESS:
+                found += [rounded([layers[i]]) for i in group]
+            else:
+                found += [together] * len(group)
+                groups |= dict.fromkeys(group, group)
+        return found, groups
 
     def _worst(self, maps: Sequence[Tensor]) -> float:
         return min(_decibels(a, b) for a, b in zip(self.truth, maps, strict=True))
@@ -88,7 +93,7 @@ def mend(module: nn.Module, layers: Sequence[Layer], batch: Tensor, images: int)
     judge = _Judge(module, batch[:images])
     if judge.activations(layers) >= ENOUGH:
         return []
-    alone = judge.alone(layers)
+    alone, groups = judge.alone(layers)
     heavy = [i for i, layer in enumerate(layers)
              if alone[i] < ALONE and can_scale(layer.module) and _work(layer) >= LIGHT]
     found = plans(module, [layers[i] for i in heavy], batch)
@@ -98,6 +103,11 @@ def mend(module: nn.Module, layers: Sequence[Layer], batch: Tensor, images: int)
     floats: list[Layer] = []
     while len(floats) < MOST * len(layers):
         i = max(rest, key=lambda i: _noise(alone[i]) / costs[i])
+        if i in groups:
+            for k in groups[i]:
+                alone[k] = judge.activations([layers[k]])
+                del groups[k]
+            continue
         if i in scales:
             put(module, layers[i], scales.pop(i))
             alone[i] = judge.activations([layers[i]])
@@ -105,7 +115,7 @@ def mend(module: nn.Module, layers: Sequence[Layer], batch: Tensor, images: int)
             rest.remove(i)
             floats.append(layers[i])
         # Noises add up; the sum only says when it is time to look.
-        likely = sum(_noise(alone[i]) for i in rest) <= _noise(ENOUGH - 1)
+        likely = sum(_noise(alone[i]) / len(groups.get(i, (i,))) for i in rest) <= _noise(ENOUGH - 1)
         if likely and judge.activations([layers[i] for i in rest]) >= ENOUGH:
             break
     return floats

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from pocketsam import registry
 from pocketsam.models.catalog import spec
+from pocketsam.quantize import sensitivity
 from pocketsam.quantize.channels import ChannelScale, Form, Plan, Side, can_scale, put, write_scales
 from pocketsam.quantize.correction import Layer, Prepared, prepare
 from pocketsam.quantize.recipes import Job, check
-from pocketsam.quantize.sensitivity import ALONE, _costs, _decibels, _Judge, _noise
+from pocketsam.quantize.sensitivity import _costs, _decibels, _Judge
 from pocketsam.specs import GraphSpec
 
 
@@ -84,23 +85,41 @@ def test_layers_of_little_work_stay_in_float_instead(images: list[Any]) -> None:
     assert found.in_float(layouts) == ["a", "b", "c"]
 
 
-def test_neighbours_that_are_harmless_together_are_not_asked_one_by_one() -> None:
+def test_neighbours_that_are_harmless_together_are_not_asked_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "HARMLESS", 25.0)
     torch.manual_seed(0)
-    chain = nn.Sequential(*(nn.Linear(32, 32) for _ in range(10))).requires_grad_(False)
+    chain = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(10))).requires_grad_(False)
+    for m in chain:
+        nn.init.orthogonal_(m.weight)
     calls: list[int] = []
     chain[9].register_forward_hook(lambda *_: calls.append(1))
     judge = _Judge(nn.Sequential(chain, Alone()), torch.randn(256, 32))
-    layers = [Layer(m, reads=(-4.0, 4.0), writes=(-4.0, 4.0)) for m in chain if isinstance(m, nn.Linear)]
+    layers = [Layer(m, reads=(-5.0, 5.0), writes=(-5.0, 5.0)) for m in chain if isinstance(m, nn.Linear)]
     layers[5].reads = layers[5].writes = (-400.0, 400.0)
     want = [judge.activations([layer]) for layer in layers]
     calls.clear()
-    found = judge.alone(layers)
+    found, groups = judge.alone(layers)
     # One to know the layers, three groups, and the four of the second group.
     assert len(calls) == 8
     assert found[4:8] == pytest.approx(want[4:8])
-    assert found[5] == min(found) < ALONE - 10
-    for group in (slice(0, 4), slice(8, 10)):
-        assert sum(map(_noise, found[group])) == pytest.approx(sum(map(_noise, want[group])), rel=0.2)
+    assert found[5] == min(found) < 10
+    for group in (range(4), range(8, 10)):
+        assert all(groups[i] == group for i in group)
+        assert all(25 < found[i] == found[group[0]] < want[i] for i in group)
+    assert set(groups) == {0, 1, 2, 3, 8, 9}
+
+
+@pytest.mark.parametrize("enough", [30.0, 45.0])
+def test_groups_change_nothing_in_what_stays_in_float(images: list[Any], enough: float,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "ENOUGH", enough)
+    monkeypatch.setattr(sensitivity, "HARMLESS", 20.0)
+    found = {}
+    for size in (1, 2):
+        monkeypatch.setattr(sensitivity, "GROUP", size)
+        prepared = prepared_for(300.0, images, light=64)
+        found[size] = [prepared.layers.index(layer) for layer in prepared.sensitive]
+    assert found[1] == found[2] != []
 
 
 class Alone(nn.Module):
