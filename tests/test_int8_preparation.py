@@ -4,6 +4,7 @@ ranges, equalized streams, biases."""
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from pocketsam.export import rewrites
 from pocketsam.export.graphs import EncoderGraph
 from pocketsam.models.catalog import spec
 from pocketsam.models.loading import load_model
+from pocketsam.quantize.agreement import time_ratio
 from pocketsam.quantize.calibration import collect
 from pocketsam.quantize.correction import prepare
 from pocketsam.quantize.equalize import equalize
@@ -217,3 +219,13 @@ def test_kernels_too_large_for_litert_s_tool_are_rounded_as_others() -> None:
     assert codes.dtype == np.int8
     assert codes.shape == data.shape
     assert np.abs(codes * scale - data).max() <= scale.max() / 2 * 1.001
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(30.0, 14), (0.0, 4)])
+def test_calls_that_take_long_are_timed_in_fewer_rounds(monkeypatch: pytest.MonkeyPatch, seconds: float,
+                                                        calls: int) -> None:
+    monkeypatch.setattr("pocketsam.quantize.agreement.SECONDS", seconds)
+    made = []
+    assert time_ratio(lambda: made.append(1), lambda: time.sleep(0.002)) > 1
+    # Warm-up included: two and twelve rounds, or one and three.
+    assert len(made) == calls
