@@ -19,7 +19,7 @@ from pocketsam.quantize import sensitivity
 from pocketsam.quantize.channels import ChannelScale, Form, Plan, Side, can_scale, put, write_scales
 from pocketsam.quantize.correction import Layer, Prepared, prepare
 from pocketsam.quantize.recipes import Job, check
-from pocketsam.quantize.sensitivity import _costs, _decibels, _Judge
+from pocketsam.quantize.sensitivity import _costs, _decibels, _Judge, mend
 from pocketsam.specs import GraphSpec
 
 
@@ -85,17 +85,23 @@ def test_layers_of_little_work_stay_in_float_instead(images: list[Any]) -> None:
     assert found.in_float(layouts) == ["a", "b", "c"]
 
 
-def test_neighbours_that_are_harmless_together_are_not_asked_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sensitivity, "HARMLESS", 25.0)
+def chain() -> tuple[nn.Sequential, list[Layer]]:
+    """Ten layers of which the sixth has a range that is much too wide, and the third one that is too wide."""
     torch.manual_seed(0)
-    chain = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(10))).requires_grad_(False)
-    for m in chain:
+    linear = [nn.Linear(32, 32, bias=False).requires_grad_(False) for _ in range(10)]
+    for m in linear:
         nn.init.orthogonal_(m.weight)
+    spans = [{2: 20.0, 5: 400.0}.get(i, 5.0) for i in range(10)]
+    layers = [Layer(m, reads=(-s, s), writes=(-s, s), written=4) for m, s in zip(linear, spans, strict=True)]
+    return nn.Sequential(*linear, Alone()), layers
+
+
+def test_neighbours_that_are_harmless_together_are_not_asked_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "HARMLESS", 20.0)
+    module, layers = chain()
     calls: list[int] = []
-    chain[9].register_forward_hook(lambda *_: calls.append(1))
-    judge = _Judge(nn.Sequential(chain, Alone()), torch.randn(256, 32))
-    layers = [Layer(m, reads=(-5.0, 5.0), writes=(-5.0, 5.0)) for m in chain if isinstance(m, nn.Linear)]
-    layers[5].reads = layers[5].writes = (-400.0, 400.0)
+    module.register_forward_hook(lambda *_: calls.append(1))
+    judge = _Judge(module, torch.randn(256, 32))
     want = [judge.activations([layer]) for layer in layers]
     calls.clear()
     found, groups = judge.alone(layers)
@@ -105,15 +111,28 @@ def test_neighbours_that_are_harmless_together_are_not_asked_one_by_one(monkeypa
     assert found[5] == min(found) < 10
     for group in (range(4), range(8, 10)):
         assert all(groups[i] == group for i in group)
-        assert all(25 < found[i] == found[group[0]] < want[i] for i in group)
+        assert all(20 < found[i] == found[group[0]] < want[i] for i in group)
     assert set(groups) == {0, 1, 2, 3, 8, 9}
 
 
-@pytest.mark.parametrize("enough", [30.0, 45.0])
+def test_the_worst_of_a_harmless_group_has_its_turn_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("HARMLESS", 20.0), ("ENOUGH", 45.0), ("MOST", 1.0)):
+        monkeypatch.setattr(sensitivity, name, value)
+    module, layers = chain()
+    found = {}
+    for size in (1, 4):
+        monkeypatch.setattr(sensitivity, "GROUP", size)
+        found[size] = [layers.index(layer) for layer in mend(module, layers, torch.randn(256, 32), 256)]
+    assert found[1][:2] == found[4][:2] == [5, 2]
+
+
+@pytest.mark.parametrize("enough", [30.0, 45.0, 60.0])
 def test_groups_change_nothing_in_what_stays_in_float(images: list[Any], enough: float,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sensitivity, "ENOUGH", enough)
     monkeypatch.setattr(sensitivity, "HARMLESS", 20.0)
+    # At 60 dB layers of the harmless group have their turn too.
+    monkeypatch.setattr(sensitivity, "MOST", 1.0)
     found = {}
     for size in (1, 2):
         monkeypatch.setattr(sensitivity, "GROUP", size)
