@@ -18,7 +18,7 @@ from pocketsam import rle
 from pocketsam.candidates import Store, _closer, find, iou, restore, suppress, tight_box
 from pocketsam.clicks import Answers
 from pocketsam.errors import UsageError
-from pocketsam.everything import MaskRecord, Settings, default_settings, segment_everything
+from pocketsam.everything import MaskRecord, Settings, default_settings, segment_everything, settings_for
 from pocketsam.geometry import Frame, masks_from_logits, upscale_logits
 from pocketsam.grids import crops, point_grid
 from pocketsam.images import Rgb, load_rgb
@@ -330,3 +330,12 @@ def test_impossible_settings(change: dict[str, float], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         replace(Settings(), **change)
     assert default_settings("sam_vit_h") == Settings()
+
+
+def test_single_settings_replace_those_of_the_model() -> None:
+    assert settings_for("lite0", points_per_side=16) == replace(default_settings("lite0"), points_per_side=16)
+    assert settings_for("lite0", Settings(nms=0.5), batch=4) == Settings(nms=0.5, batch=4)
+    with pytest.raises(UsageError, match="grid: no such setting; expected some of points_per_side, pred_iou"):
+        settings_for("lite0", grid=16)
+    with pytest.raises(UsageError, match="nms is wide; expected a value from 0 to 1"):
+        settings_for("lite0", nms="wide")

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -16,7 +16,7 @@ from pocketsam.builtin import BUILTIN_MODEL
 from pocketsam.bundle import Bundle
 from pocketsam.doctor import exporters, machine
 from pocketsam.errors import MissingDependency, PocketSamError
-from pocketsam.everything import default_settings
+from pocketsam.everything import settings_for
 from pocketsam.files import staged_file
 from pocketsam.images import Rgb, load_rgb
 from pocketsam.labels import overlay, sa1b
@@ -119,7 +119,7 @@ def _segment_all(sam: Predictor, prompts: Sequence[str]) -> dict[tuple[str, str]
 
 def _everything(sam: Predictor, rgb: Rgb) -> tuple[bytes, str]:
     """All masks from a coarse grid, so that the demo stays a matter of minutes on every runtime."""
-    settings = replace(default_settings(sam.spec.name), points_per_side=EVERYTHING_GRID)
+    settings = settings_for(sam.spec.name, points_per_side=EVERYTHING_GRID)
     records = sam.everything(rgb, settings)
     rows = sa1b(records, "", rgb.shape[0], rgb.shape[1], 1)["annotations"]
     return _jpeg(overlay(rgb, rows)), f"{len(records)} masks from {EVERYTHING_GRID} x {EVERYTHING_GRID} points"

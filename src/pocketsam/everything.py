@@ -6,8 +6,9 @@ The algorithm of the SAM paper (appendix B) and of its official generator, with 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,14 +68,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("pred_iou", "stability", "nms", "crop_nms", "crop_overlap", "max_area"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not _within(getattr(self, name), 1):
                 raise UsageError(f"{name} is {getattr(self, name)}; expected a value from 0 to 1.")
         for name, least, most in (("points_per_side", 1, 512), ("crop_points_divide", 1, 512), ("crop_layers", 0, 5),
                                   ("batch", 1, 1024), ("min_region", 0, 10 ** 9)):
             value = getattr(self, name)
             if not isinstance(value, int) or not least <= value <= most:
                 raise UsageError(f"{name} is {value}; expected a whole number from {least} to {most}.")
-        if not 0 <= self.stability_offset < float("inf"):
+        if not _within(self.stability_offset, sys.float_info.max):
             raise UsageError(f"stability_offset is {self.stability_offset}; expected 0 or more.")
         if self.side(self.crop_layers) < 1:
             raise UsageError(f"{self.points_per_side} points per side divided by {self.crop_points_divide} for each of "
@@ -88,6 +89,11 @@ class Settings:
         return asdict(self)
 
 
+def _within(value: Any, most: float) -> bool:
+    """Whether a setting is a number from 0 to ``most``."""
+    return isinstance(value, (int, float)) and 0 <= value <= most
+
+
 # Thresholds are statements about a model's own scores. lite0's are lower than those of SAM ViT-H, for which the
 # official defaults were chosen.
 OWN_DEFAULTS: dict[str, dict[str, Any]] = {"lite0": {"pred_iou": 0.5, "stability": 0.5, "min_region": 100}}
@@ -96,6 +102,18 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {"lite0": {"pred_iou": 0.5, "stability
 def default_settings(model: str) -> Settings:
     """The official generator's settings, or those that suit a model whose scores are calibrated differently."""
     return Settings(**OWN_DEFAULTS.get(model, {}))
+
+
+def settings_for(model: str, settings: Settings | None = None, **changes: Any) -> Settings:
+    """Settings, or those that suit the model, with single ones replaced.
+
+    Raises:
+        UsageError: a change that is no setting, or out of range.
+    """
+    if unknown := sorted(set(changes) - {f.name for f in fields(Settings)}):
+        raise UsageError(f"{', '.join(unknown)}: no such setting; expected some of "
+                         f"{', '.join(f.name for f in fields(Settings))}.")
+    return replace(settings or default_settings(model), **changes)
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class Predictor:
         """Raw answers of all four tokens: low-res logits (B, 4, 4h, 4w) and predicted IoU (B, 4)."""
         return self._decode(prompts)
 
-    def everything(self, image: ImageLike, settings: Settings | None = None) -> list[MaskRecord]:
+    def everything(self, image: ImageLike, settings: Settings | None = None, **changes: Any) -> list[MaskRecord]:
         """All masks of a photo, found with a grid of points; see :mod:`pocketsam.everything`.
 
         The image that :meth:`predict` works on stays as it is.
@@ -150,13 +150,15 @@ class Predictor:
         Args:
             image: path, PIL image or uint8 (H, W, 3) RGB array.
             settings: a :class:`pocketsam.everything.Settings`; what suits the model when left out.
+            changes: single settings to replace in these, such as ``points_per_side=16``.
 
         Raises:
             ImageError: the image cannot be used.
+            UsageError: a setting that does not exist or is out of range.
         """
-        from pocketsam.everything import segment_everything
+        from pocketsam.everything import segment_everything, settings_for
 
-        return segment_everything(self, image, settings)
+        return segment_everything(self, image, settings_for(self.spec.name, settings, **changes))
 
     def info(self) -> dict[str, Any]:
         """Runtime, versions, threads and model: what to quote beside a number."""

@@ -123,7 +123,7 @@ def tune(
     fresh: Annotated[bool, typer.Option(help="Measure again even if this machine was measured before.")] = False,
     json_: Json = False,
 ) -> None:
-    """Time the runtimes of a bundle on this machine and show which one `auto` takes."""
+    """Time the runtimes of a bundle on this machine and show what `auto` takes, in fp32 and with `--precision auto`."""
     from dataclasses import asdict
 
     from pocketsam.bundle import read_bundle
@@ -132,12 +132,15 @@ def tune(
 
     candidates = run(read_bundle(bundle), threads, fresh, lambda t: progress(t, json_))
     best = choose(candidates)
+    exact = choose(candidates, "fp32") if any(c.precision == "fp32" and not c.problem for c in candidates) else None
     if json_:
-        print_json({"chosen": asdict(best), "candidates": [asdict(c) for c in candidates]})
+        print_json({"chosen": asdict(exact) if exact else None, "chosen_any_precision": asdict(best),
+                    "candidates": [asdict(c) for c in candidates]})
         return
     shown = table("runtime", "precision", "encoder ms", "prompt ms", "mask agreement", "")
     for c in candidates:
-        note = escape(c.problem) or ("chosen by auto" if c == best else "")
+        chosen = "chosen by auto" if c == exact else "chosen by --precision auto" if c == best else ""
+        note = escape(c.problem) or chosen
         times = ("", "") if c.problem else (f"{c.encoder_ms:.1f}", f"{c.decoder_ms:.1f}")
         shown.add_row(c.runtime, c.precision, *times, f"{c.agreement:.5f}", note)
     out.print(shown)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Bundle = Annotated[str, typer.Option(help="Bundle folder; default: the built-in model on PyTorch.")]
 Runtime = Annotated[str, typer.Option(help="Runtime name, or auto.")]
-Precision = Annotated[str, typer.Option(help="Precision of the artifacts.")]
+Precision = Annotated[str, typer.Option(help="Precision of the artifacts, or auto.")]
 
 
 def everything(
@@ -37,7 +37,7 @@ def everything(
                                                         "pixels.")] = None,
     max_area: Annotated[float | None, typer.Option(help="Drop masks above this fraction of the photo.")] = None,
     workers: Annotated[int, typer.Option(help="Processes; each takes --threads threads.")] = 1,
-    engine: Annotated[str, typer.Option(help="local, or ray for Ray Data (pocketsam[ray]).")] = "local",
+    engine: Annotated[str, typer.Option(help="local, or ray for Ray Data (the extra `ray`).")] = "local",
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: a local one.")] = None,
     shard: Annotated[int | None, typer.Option(help="Photos per COCO file; default: all in one.")] = None,
     embeddings: Annotated[Path | None, typer.Option(help="Folder that keeps embeddings between runs.")] = None,
@@ -48,7 +48,7 @@ def everything(
     """Find all masks of a photo or of a folder: overlays, COCO JSON and SA-1B style JSON."""
     from pocketsam.clicks import has_click_graphs
     from pocketsam.doctor import cores
-    from pocketsam.everything import default_settings
+    from pocketsam.everything import default_settings, settings_for
     from pocketsam.folders import Job, check_output, finish, prepare
     from pocketsam.images import photos_in
 
@@ -57,7 +57,7 @@ def everything(
              "max_area": max_area}
     changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     # Checked on the defaults first, so that a typo is named before a model is opened.
-    replace(default_settings("lite0"), **changes)
+    settings_for("lite0", **changes)
     if workers < 1 or (shard is not None and shard < 1):
         raise UsageError(f"workers is {workers} and shard {shard}; expected at least 1.")
     if engine not in ("local", "ray"):
@@ -68,7 +68,7 @@ def everything(
         threads = max(1, cores() // workers)
     job = Job(output, default_settings("lite0"), bundle, runtime, precision, threads, overlays, embeddings)
     sam = job.open()
-    job = replace(job, settings=replace(default_settings(sam.spec.name), **changes), runtime=sam.info()["runtime"],
+    job = replace(job, settings=settings_for(sam.spec.name, **changes), runtime=sam.info()["runtime"],
                   precision=sam.info()["precision"])
     todo = prepare(job, sam, found)
     outcomes = _run(job, todo, engine, workers, address, sam, json_)

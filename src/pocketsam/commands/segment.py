@@ -19,7 +19,7 @@ def segment(
     point: Annotated[list[str] | None, typer.Option(help="x,y or x,y,1 (object) or x,y,0 (background).")] = None,
     box: Annotated[list[str] | None, typer.Option(help="x0,y0,x1,y1; repeat for several objects.")] = None,
     runtime: Annotated[str, typer.Option(help="Runtime name, or auto.")] = "auto",
-    precision: Annotated[str, typer.Option(help="Precision of the artifacts.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="Precision of the artifacts, or auto.")] = "fp32",
     multimask: Annotated[bool | None, typer.Option(help="Three ambiguous masks, or one; default: three for a single "
                                                         "point, of which the best is drawn.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Overlay image.")] = None,
