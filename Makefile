@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-all test-family check lint types clean
+.PHONY: setup demo test test-all test-family test-web check lint types clean
 
 setup: $(STAMP)
 
@@ -20,10 +20,13 @@ test: $(STAMP)        ## fast tests
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadscope --no-loadscope-reorder
 
 test-all: $(STAMP)    ## fast and slow tests, as CI runs them
-	$(BIN)/python -m pytest -m "not family" -n 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not family and not web" -n 2 --dist loadscope --no-loadscope-reorder
 
 test-family: $(STAMP) ## models of the family at full size in the matrix, an hour on two cores
 	$(BIN)/python -m pytest -m family
+
+test-web: $(STAMP)    ## the example for browsers in ONNX Runtime Web; npm brings the engine
+	$(BIN)/python -m pytest tests/test_web.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
