@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from pocketsam.quantize.equalize import LEAST
 from pocketsam.quantize.grid import Weighted, column, nearest, steps
 from pocketsam.quantize.hooks import hooked
-from pocketsam.quantize.ranges import Range, clipped, round_values
+from pocketsam.quantize.ranges import Narrowing, Range, round_values
 
 if TYPE_CHECKING:
     from pocketsam.quantize.correction import Layer
 
+# (C,) lowest and highest values.
+Channels = tuple[Tensor, Tensor]
 Form = Literal["multiply", "divide", "bound", "reshape"]
 # No activation is below.
 BOUND = -1e30
@@ -102,29 +104,44 @@ class Plan:
 
 
 @torch.no_grad()
-def plans(module: nn.Module, layers: Sequence[Layer], batch: Tensor) -> list[Plan]:
+def plans(module: nn.Module, layers: Sequence[Layer], images: Sequence[Tensor]) -> list[Plan]:
     """For each layer the scales that its own output gains by, most often none.
 
     Args:
         module: the encoder.
         layers: that :func:`can_scale`, with their ranges.
-        batch: of its inputs.
+        images: of its inputs; all of them show ranges, the first one what is gained.
     """
+    sides = [_sides(layer) for layer in layers]
+    finders = [[Narrowing(side.span, len(images)) for side in pair] for pair in sides]
     found: dict[int, Plan] = {}
 
-    def look(i: int, layer: Layer, x: Tensor, y: Tensor) -> None:
-        part = layer.module
-        peaks = _peaks(part, y).clamp(min=1e-12)
-        before = _side(part, x, scales_of(part, _peaks(part, x)))
-        behind = _side(part, y, (peaks / peaks.max()).clamp(min=LEAST))
+    def see(i: int, layer: Layer, x: Tensor, y: Tensor) -> None:
+        for tensor, side, finder in zip((x, y), sides[i], finders[i], strict=True):
+            finder.look(tensor / side.scales.reshape(-1, *_tail(layer.module)))
+
+    def judge(i: int, layer: Layer, x: Tensor, y: Tensor) -> None:
+        before, behind = (Side(s.scales, f.best()) for s, f in zip(sides[i], finders[i], strict=True))
         # What is bad on one side hides what a scale on the other side is worth.
         choices = [Plan(), Plan(before)] + ([] if layer.fused else [Plan(None, behind), Plan(before, behind)])
-        found[i] = min(choices, key=lambda plan: _noise(layer, plan, x[:1], y[:1]) * GAIN ** plan.sides)
+        found[i] = min(choices, key=lambda plan: _noise(layer, plan, x, y) * GAIN ** plan.sides)
 
-    with hooked((layer.module, "after", lambda _, x, y, i=i, layer=layer: look(i, layer, x[0], y))
-                for i, layer in enumerate(layers)):
-        module(batch)
+    for look, shown in ((see, images), (judge, images[:1])):
+        with hooked((layer.module, "after", lambda _, x, y, i=i, layer=layer, look=look: look(i, layer, x[0], y))
+                    for i, layer in enumerate(layers)):
+            for image in shown:
+                module(image)
     return [found[i] for i in range(len(layers))]
+
+
+def _sides(layer: Layer) -> tuple[Side, Side]:
+    """Scales before and behind a layer, and the ranges that they leave, by all images that were observed."""
+    assert layer.read_channels is not None
+    assert layer.write_channels is not None
+    written = _peaks(layer.write_channels).clamp(min=1e-12)
+    inward = scales_of(layer.module, _peaks(layer.read_channels))
+    outward = (written / written.max()).clamp(min=LEAST)
+    return (Side(inward, span_of(layer.read_channels, inward)), Side(outward, span_of(layer.write_channels, outward)))
 
 
 def _noise(layer: Layer, plan: Plan, x: Tensor, y: Tensor) -> float:
@@ -133,8 +150,9 @@ def _noise(layer: Layer, plan: Plan, x: Tensor, y: Tensor) -> float:
     """
     module = layer.module
     kept, axes = module.weight.data, _others(module, x)
-    before = plan.before or Side(torch.ones_like(_peaks(module, x)), layer.reads)
-    behind = plan.behind or Side(torch.ones_like(_peaks(module, y)), layer.writes)
+    axis = -1 if isinstance(module, nn.Linear) else 1
+    before = plan.before or Side(torch.ones(x.shape[axis]), layer.reads)
+    behind = plan.behind or Side(torch.ones(y.shape[axis]), layer.writes)
     inward, outward = (side.scales.reshape(-1, *_tail(module)) for side in (before, behind))
     along = _along_inputs(module, before.scales)
     weight = kept * along
@@ -148,20 +166,27 @@ def _noise(layer: Layer, plan: Plan, x: Tensor, y: Tensor) -> float:
     return float(share.clamp(max=1).mean())
 
 
-def _peaks(layer: Weighted, x: Tensor) -> Tensor:
-    """(C,) largest absolute values of what a layer reads or writes."""
-    return x.abs().amax(_others(layer, x))
+def channels_of(layer: Weighted, x: Tensor, known: Channels | None = None) -> Channels:
+    """Lowest and highest values of each channel of what a layer reads or writes, (C,) each, with those known before."""
+    axes = _others(layer, x)
+    low, high = x.amin(axes), x.amax(axes)
+    return (low, high) if known is None else (torch.minimum(low, known[0]), torch.maximum(high, known[1]))
+
+
+def span_of(channels: Channels, scales: Tensor | None = None) -> Range:
+    """The range of all channels together, each divided by its scale; it contains zero."""
+    low, high = channels if scales is None else (channels[0] / scales, channels[1] / scales)
+    return min(0.0, float(low.min())), max(0.0, float(high.max()))
+
+
+def _peaks(channels: Channels) -> Tensor:
+    """(C,) largest absolute values."""
+    return torch.maximum(channels[0].abs(), channels[1].abs())
 
 
 def _others(layer: Weighted, x: Tensor) -> tuple[int, ...]:
     """The axes of what a layer reads or writes besides the channels."""
     return tuple(range(x.ndim - 1)) if isinstance(layer, nn.Linear) else (0, 2, 3)
-
-
-def _side(layer: Weighted, x: Tensor, scales: Tensor) -> Side:
-    x = x / scales.reshape(-1, *_tail(layer))
-    low, high = torch.aminmax(x)
-    return Side(scales, clipped(x, (min(0.0, float(low)), max(0.0, float(high)))))
 
 
 @torch.no_grad()

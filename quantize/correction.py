@@ -12,6 +12,7 @@ import copy
 import functools
 import hashlib
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pocketsam.images import Rgb
-from pocketsam.quantize.channels import Form, fold_behind, has_scales, write_scales
+from pocketsam.quantize.channels import (
+    Channels,
+    Form,
+    channels_of,
+    fold_behind,
+    has_scales,
+    span_of,
+    write_scales,
+)
 from pocketsam.quantize.equalize import equalize
 from pocketsam.quantize.grid import Grid, Weighted
 from pocketsam.quantize.hooks import Hook, hooked
@@ -33,11 +42,11 @@ from pocketsam.quantize.sensitivity import mend
 # The first two become part of an 8-bit layer everywhere; ONNX Runtime and LiteRT round what goes into the others.
 FUSED = (nn.ReLU, nn.ReLU6)
 ACTIVATIONS = (*FUSED, nn.GELU, nn.SiLU, nn.Hardswish)
-# Images of a batch, and bytes that all layers may write for it: one image makes 0.9 GB in MobileSAM.
+# Images that show ranges, and of a batch; bytes that all layers may write for a batch, 0.9 GB an image in MobileSAM.
 BATCH_IMAGES = 8
 BATCH_BYTES = 2 << 30
 # Part of every int8 artifact's key: raise it when what this package computes changes.
-METHOD = 18
+METHOD = 19
 # Share of the weights that the leading layers in float may hold, the first one apart: lite0's stem and two blocks.
 FLOAT_SHARE = 0.002
 # Images that show which layers are sensitive.
@@ -53,6 +62,7 @@ class Layer:
         means: (C,) of the output's channels, one for each image.
         reads, writes: lowest and highest value of its input and output; with 8-bit activations, the range they are
             clipped to.
+        read_channels, write_channels: lowest and highest value of each channel of them, on all images.
         unscaled: what ``writes`` was before a scale was put behind the layer.
         activated: its output goes to an activation.
         fused: to one that it is one operator with, so that it is rounded only behind that.
@@ -65,6 +75,8 @@ class Layer:
     means: list[Tensor] = field(default_factory=list)
     reads: Range = (0.0, 0.0)
     writes: Range = (0.0, 0.0)
+    read_channels: Channels | None = None
+    write_channels: Channels | None = None
     unscaled: Range = (0.0, 0.0)
     activated: bool = False
     fused: bool = False
@@ -150,14 +162,18 @@ def prepare(module: nn.Module, images: Sequence[Rgb], grid: Grid, activations: b
     leading = _leading(layers)
     rounded, floats = layers[leading:], []
     count = min(BATCH_IMAGES, len(images), max(1, BATCH_BYTES // sum(layer.written for layer in layers)))
-    batch = torch.from_numpy(np.concatenate(images[:count]))
     if activations:
-        with hooked(clip(rounded)):
-            changed(batch)
-        floats = mend(changed, rounded, batch, JUDGES)
+        # One at a time, so that ranges are not those of the few images that fit into memory at once.
+        seen = [torch.from_numpy(image) for image in images[::math.ceil(len(images) / BATCH_IMAGES)]]
+        clip(changed, rounded, seen)
+        floats = mend(changed, rounded, seen, min(JUDGES, count))
         rounded = [layer for layer in rounded if not any(layer is f for f in floats)]
+    for layer in rounded:
+        if layer.module.bias is None:
+            # Where there is no bias nothing would take the shift back, which rounding counts on.
+            layer.module.bias = nn.Parameter(torch.zeros(len(layer.means[0])), requires_grad=False)
     with hooked(_correct(rounded, grid, activations, count)):
-        changed(batch)
+        changed(torch.from_numpy(np.concatenate(images[:count])))
     return Prepared(changed, layers, leading, floats)
 
 
@@ -182,8 +198,9 @@ def _observe(layers: Sequence[Layer], module: nn.Module) -> Iterator[Hook]:
         layer.order = next(count)
         layer.written = output.nbytes
         layer.means.append(_channel_means(output, layer.module))
-        layer.reads = _widened(layer.reads, inputs[0])
-        layer.writes = _widened(layer.writes, output)
+        layer.read_channels = channels_of(layer.module, inputs[0], layer.read_channels)
+        layer.write_channels = channels_of(layer.module, output, layer.write_channels)
+        layer.reads, layer.writes = span_of(layer.read_channels), span_of(layer.write_channels)
         last["layer"] = layer, output
 
     def act(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -212,10 +229,10 @@ def _correct(layers: Sequence[Layer], grid: Grid, activations: bool, images: int
 
     def write(layer: Layer, output: Tensor) -> Tensor:
         module = layer.module
-        if module.bias is not None:
-            shift = torch.stack(layer.means[:images]).mean(0) - _channel_means(output, module)
-            module.bias.data += shift
-            output = output + (shift if isinstance(module, nn.Linear) else shift[:, None, None])
+        assert module.bias is not None
+        shift = torch.stack(layer.means[:images]).mean(0) - _channel_means(output, module)
+        module.bias.data += shift
+        output = output + (shift if isinstance(module, nn.Linear) else shift[:, None, None])
         return round_values(output, *layer.writes) if activations and not layer.fused else output
 
     for layer in layers:
@@ -228,8 +245,3 @@ def _digest(weights: NDArray[Any]) -> str:
     # Zeros lose their sign, by which sorting would not order them.
     values = np.asarray(weights, np.float32) + np.float32(0)
     return hashlib.sha256(np.sort(values, axis=None).tobytes()).hexdigest()
-
-
-def _widened(known: Range, x: Tensor) -> Range:
-    low, high = torch.aminmax(x)
-    return min(known[0], float(low)), max(known[1], float(high))

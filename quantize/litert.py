@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 CONVOLUTIONS = ("CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D_TRANSPOSE")
 WEIGHTED = (*CONVOLUTIONS, "FULLY_CONNECTED")
+# The interpreter's name for what the quantizer calls otherwise.
+NAMES = {"TRANSPOSE_CONV": "CONV_2D_TRANSPOSE"}
 # What stands between weighted layers and costs a conversion each way when left in float. Softmax, normalisation and
 # products of two computed tensors (attention) are left out on purpose: they stay in float.
 BETWEEN = ("RESIZE_NEAREST_NEIGHBOR",)
@@ -106,7 +108,7 @@ class LiteRtQuantizer:
         interpreter.allocate_tensors()
         names = {int(d["index"]): str(d["name"]) for d in interpreter.get_tensor_details()}
         for operator in interpreter._get_ops_details():
-            if (kind := operator["op_name"]) in WEIGHTED:
+            if (kind := NAMES.get(operator["op_name"], operator["op_name"])) in WEIGHTED:
                 # A transposed convolution names the shape of its output first.
                 reads, weights = operator["inputs"][2 if kind == "CONV_2D_TRANSPOSE" else 0], operator["inputs"][1]
                 yield Operator(kind, names[int(reads)], names[int(operator["outputs"][0])],

@@ -79,7 +79,11 @@ class OpenVinoQuantizer:
             computed = {*self._computed(model), *self._tables(model)}.difference(logits)
             ignored = nncf.IgnoredScope(names=sorted(computed | keep), validate=False)
             if self.job.recipe == "int8-weights":
+                layers = self._rounded(model)
                 done = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=ignored)
+                for operator in done.get_ordered_ops():
+                    if (name := operator.get_friendly_name()) in layers:
+                        _recompress(operator, *layers[name])
             else:
                 layers = self._rounded(model)
                 done = self._quantized(model, layers, ignored)
@@ -168,13 +172,32 @@ def _requantize(operator: Any, weights: NDArray[np.float32], layer: Layer) -> No
     product = operator.input_value(1).get_node()
     if product.get_type_name() != "Multiply" or layer.scales is None:
         return
-    shape = list(product.get_output_shape(0))
+    codes, column = _on_grid(operator, weights, layer, list(product.get_output_shape(0)))
+    product.input(0).replace_source_output(opset.convert(opset.constant(codes), "f32").output(0))
+    product.input(1).replace_source_output(opset.constant(column).output(0))
+
+
+def _recompress(operator: Any, weights: NDArray[np.float32], layer: Layer) -> None:
+    """Replace the tool's compressed weights, Convert(Multiply(Convert(Constant), scale)), which it rounds to a grid of
+    its own, by those on the scales of a layer.
+    """
+    for i in range(operator.get_input_size()):
+        node = operator.input_value(i).get_node()
+        product = node.input_value(0).get_node() if node.get_type_name() == "Convert" else node
+        if product.get_type_name() == "Multiply" and _constant(product.input_value(0).get_node()):
+            codes, column = _on_grid(operator, weights, layer, list(product.get_output_shape(0)))
+            restored = opset.multiply(opset.convert(opset.constant(codes), "f32"), opset.constant(column))
+            operator.input(i).replace_source_output(restored.output(0))
+
+
+def _on_grid(operator: Any, weights: NDArray[np.float32], layer: Layer,
+             shape: list[int]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """The codes of weights, and the scales of a layer in the shape that multiplies them."""
+    assert layer.scales is not None
     # Transposed convolutions have their output channels second, grouped ones theirs by group.
     axes = {"ConvolutionBackpropData": (1,), "GroupConvolution": (0, 1)}.get(operator.get_type_name(), (0,))
     column = layer.scales.numpy().reshape([side if i in axes else 1 for i, side in enumerate(shape)])
-    codes = np.rint(weights.reshape(shape) / column).astype(np.int8)
-    product.input(0).replace_source_output(opset.convert(opset.constant(codes), "f32").output(0))
-    product.input(1).replace_source_output(opset.constant(column.astype(np.float32)).output(0))
+    return np.rint(weights.reshape(shape) / column).astype(np.int8), column.astype(np.float32)
 
 
 def _readers(operator: Any) -> list[Any]:

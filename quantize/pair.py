@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,9 +131,10 @@ class Pair:
     def _encoder(self, key: str, decoder: Artifact) -> tuple[Artifact, Any]:
         self.stage.report(f"quantizing {self.format} encoder, {self.recipe}")
         job = self._job("encoder")
-        tool = self.quantizer(job)
+        with self._tool_errors():
+            tool = self.quantizer(job)
+            layers, global_attention = tool.layers(), frozenset(tool.attention())
         path = self._path("encoder")
-        layers = tool.layers()
         floats = [] if job.prepared is None else job.prepared.in_float(layers)
         if len(floats) > 1:
             self.stage.report(f"{len(floats)} of {len(layers)} layers stay in float")
@@ -150,7 +151,7 @@ class Pair:
             return self._ratio("encoder", self._row("encoder", path, key), decoder)
 
         trials = self.stage.calibration.images[:SEARCH_IMAGES]
-        in_float, attention = try_attention(frozenset(tool.attention()), measure, trials, ratio, self.stage.report)
+        in_float, attention = try_attention(global_attention, measure, trials, ratio, self.stage.report)
         fixed |= in_float
         search = Search([n for n in layers if n not in floats], measure, self.stage.images, trials, self.gate,
                         self.stage.seconds, f"{key}-{self.format}-{len(in_float)}", self.stage.report, ratio)
@@ -171,7 +172,8 @@ class Pair:
         """
         path = self._path("decoder")
         try:
-            tool = self.quantizer(self._job("decoder"))
+            with self._tool_errors():
+                tool = self.quantizer(self._job("decoder"))
         except UnsupportedModel as e:
             return fp32, str(e), None, measured
         self.stage.report(f"quantizing {self.format} decoder, {self.recipe}")
@@ -193,9 +195,12 @@ class Pair:
         return row, "", ratio, both
 
     def _write(self, tool: Quantizer, path: Path, keep: frozenset[str]) -> None:
-        names = ", ".join(tool.tools())
-        with foreign_errors(UnsupportedModel, f"{names} cannot make {self.format} {self.recipe} of this model"):
+        with self._tool_errors():
             tool.write(path, keep)
+
+    def _tool_errors(self) -> AbstractContextManager[None]:
+        names = ", ".join(self.quantizer.tools())
+        return foreign_errors(UnsupportedModel, f"{names} cannot make {self.format} {self.recipe} of this model")
 
     def _job(self, graph: str) -> Job:
         spec = self.bundle.spec
@@ -214,7 +219,8 @@ class Pair:
             prepared = prepared.written(self.quantizer.scales, self.quantizer.rounds_outputs)
             exporter = registry.load("format", self.format)
             source = Path(self.folder.name) / f"encoder.{exporter.extension}"
-            exporter.export(prepared.module, graph_spec, "fp32", source)
+            with foreign_errors(UnsupportedModel, f"{', '.join(exporter.tools())} cannot convert the prepared encoder"):
+                exporter.export(prepared.module, graph_spec, "fp32", source)
             return Job(graph_spec, source, prepared.module, self.recipe, inputs, THREADS, prepared)
         source = self.bundle.file(self.bundle.find(self.format, "fp32", graph))
         return Job(graph_spec, source, self.stage.module(graph, self.format), self.recipe, inputs, THREADS)

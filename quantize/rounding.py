@@ -96,35 +96,40 @@ def _some(count: int, columns: int, generator: torch.Generator) -> Tensor:
 def _factor(moments: Tensor) -> tuple[Tensor, Tensor] | None:
     """(G, K) order of the columns, and (G, K, K) upper Cholesky factors of the inverse moments in that order; None if
     there is no such factor.
+
+    With the columns in reverse, H = R^T R for an upper R, and the factor of the inverse is R^-T, reversed again: one
+    triangular inverse in place of a full one and a second factorisation.
     """
     size = moments.shape[1]
     diagonal = torch.diagonal(moments, dim1=1, dim2=2)
     added = DAMPING * diagonal.mean(1, keepdim=True) + (diagonal <= 0)
     moments = moments + torch.diag_embed(added.clamp(min=1e-9))
     order = diagonal.argsort(1, descending=True)
-    moments = moments.gather(1, order[:, :, None].expand(-1, -1, size)).gather(2, order[:, None].expand(-1, size, -1))
-    lower, failed = torch.linalg.cholesky_ex(moments)
+    back = order.flip(1)
+    moments = moments.gather(1, back[:, :, None].expand(-1, -1, size)).gather(2, back[:, None].expand(-1, size, -1))
+    upper, failed = torch.linalg.cholesky_ex(moments, upper=True)
     if bool(failed.any()):
         return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return None if bool(failed.any()) else (order, upper)
+    one = torch.eye(size, dtype=upper.dtype).expand_as(upper)
+    return order, torch.linalg.solve_triangular(upper, one, upper=True).mT.flip(1, 2).contiguous()
 
 
 def _feedback(weight: Tensor, scales: Tensor, order: Tensor, factor: Tensor) -> Tensor:
     """(G, R, K) weights and (G, R) scales -> codes of the same shape."""
-    expanded = order[:, None].expand(-1, weight.shape[1], -1)
-    free = (weight / scales[:, :, None]).double().gather(2, expanded)
+    # Columns first, so that one is a piece of memory.
+    expanded = order[:, :, None].expand(-1, -1, weight.shape[1])
+    free = (weight / scales[:, :, None]).double().transpose(1, 2).gather(1, expanded)
     # Tools that take the scale from a channel's largest weight must find that one where it was.
-    kept = free.abs() == free.abs().amax(2, keepdim=True)
+    kept = free.abs() == free.abs().amax(1, keepdim=True)
     fixed = free.round()
     codes, lost = torch.empty_like(free), torch.empty_like(free)
-    size = free.shape[2]
+    size = free.shape[1]
     for start in range(0, size, BLOCK):
         end = min(start + BLOCK, size)
         for k in range(start, end):
-            now = free[:, :, k]
-            codes[:, :, k] = torch.where(kept[:, :, k], fixed[:, :, k], now.round()).clamp(-INT8, INT8)
-            lost[:, :, k] = (now - codes[:, :, k]) / factor[:, k, k, None]
-            free[:, :, k + 1:end] -= lost[:, :, k, None] * factor[:, None, k, k + 1:end]
-        free[:, :, end:] -= lost[:, :, start:end] @ factor[:, start:end, end:]
-    return torch.empty_like(codes).scatter_(2, expanded, codes).to(weight.dtype)
+            now = free[:, k]
+            codes[:, k] = torch.where(kept[:, k], fixed[:, k], now.round()).clamp(-INT8, INT8)
+            lost[:, k] = (now - codes[:, k]) / factor[:, k, k, None]
+            free[:, k + 1:end] -= factor[:, k, k + 1:end, None] * lost[:, k, None]
+        free[:, end:] -= factor[:, start:end, end:].mT @ lost[:, start:end]
+    return torch.empty_like(codes).scatter_(1, expanded, codes).transpose(1, 2).to(weight.dtype).contiguous()

@@ -78,25 +78,25 @@ class _Judge:
 
 
 @torch.no_grad()
-def mend(module: nn.Module, layers: Sequence[Layer], batch: Tensor, images: int) -> list[Layer]:
+def mend(module: nn.Module, layers: Sequence[Layer], images: Sequence[Tensor], judges: int) -> list[Layer]:
     """Make the features good enough with the activations of all layers rounded.
 
     Args:
         module: the encoder, float; scales are inserted in place, which changes nothing in float.
         layers: that would be rounded, with their ranges, which change where scales are inserted.
-        batch: uint8 (B, S, S, 3), shows ranges.
-        images: of the batch that judge.
+        images: uint8 (1, S, S, 3) each; they show ranges.
+        judges: how many of them judge, together.
 
     Returns:
         The layers that must stay in float, often none; at most half of them, even if that is not enough.
     """
-    judge = _Judge(module, batch[:images])
+    judge = _Judge(module, torch.cat(list(images[:judges])))
     if judge.activations(layers) >= ENOUGH:
         return []
     alone, groups = judge.alone(layers)
     heavy = [i for i, layer in enumerate(layers)
              if alone[i] < ALONE and can_scale(layer.module) and _work(layer) >= LIGHT]
-    found = plans(module, [layers[i] for i in heavy], batch)
+    found = plans(module, [layers[i] for i in heavy], images)
     scales = {i: plan for i, plan in zip(heavy, found, strict=True) if plan.sides}
     costs = _costs(layers)
     rest = list(range(len(layers)))

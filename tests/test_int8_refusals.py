@@ -57,6 +57,24 @@ def test_a_tool_that_fails_leaves_the_rest(toy_checkpoint: Path, tmp_path: Path,
     assert {p.name for p in (out / "onnx").iterdir()} == {Path(a.path).name for a in bundle.artifacts}
 
 
+@pytest.mark.parametrize(("place", "words"), [
+    ("pocketsam.export.onnx.OnnxExporter.export", r"cannot convert the prepared encoder \(no such layout\)"),
+    ("pocketsam.quantize.onnx.OnnxQuantizer.layers", r"cannot make onnx int8 of this model \(no such layout\)"),
+])
+def test_a_tool_that_fails_early_leaves_the_rest(toy_checkpoint: Path, tmp_path: Path, place: str, words: str,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    pocketsam.export("toy_sam", checkpoint=toy_checkpoint, out=tmp_path / "b", images=photo_paths()[:1], clicks=False)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such layout")
+
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(ParityError, match=words):
+        pocketsam.export("toy_sam", checkpoint=toy_checkpoint, precisions=["fp32", "int8"], out=tmp_path / "b",
+                         images=photo_paths()[:1], calibration_images=2, clicks=False)
+    assert {a.precision for a in read_bundle(tmp_path / "b").artifacts} == {"fp32"}
+
+
 def test_a_decoder_that_is_refused_stays_in_float(toy_checkpoint: Path, tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     """The int8 encoder has passed by then."""

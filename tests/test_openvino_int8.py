@@ -109,16 +109,18 @@ class Windows(nn.Module):
         return (self.neck(self.last(x).permute(0, 3, 1, 2)),)
 
 
-def quantizer(module: nn.Module, image: tuple[int, ...], output: tuple[int, ...], folder: Path) -> OpenVinoQuantizer:
+def quantizer(module: nn.Module, image: tuple[int, ...], output: tuple[int, ...], folder: Path,
+              recipe: str = "int8") -> OpenVinoQuantizer:
     """Of an encoder with the contract's names, calibrated on noise."""
     graph = spec("lite0").encoder_graph()
     contract = replace(graph, inputs=(replace(graph.inputs[0], shape=image),),
                        outputs=(replace(graph.outputs[0], shape=output),))
     rng = np.random.default_rng(0)
     images: list[Any] = [rng.integers(0, 256, image, dtype=np.uint8) for _ in range(2)]
-    found = prepare(module.eval(), images, "full", activations=True).written("reshape", rounds_outputs=False)
+    found = prepare(module.eval(), images, "full", activations=recipe == "int8")
+    found = found.written("reshape", rounds_outputs=False)
     registry.load("format", "openvino").export(found.module, contract, "fp32", folder / "float.ir")
-    return OpenVinoQuantizer(Job(contract, folder / "float.ir", found.module, "int8",
+    return OpenVinoQuantizer(Job(contract, folder / "float.ir", found.module, recipe,
                                  lambda _: ({"image": i} for i in images), 2, found))
 
 
@@ -129,6 +131,22 @@ def test_only_weighted_layers_read_rounded_activations(tmp_path: Path) -> None:
     rounded = [o for o in model.get_ordered_ops() if o.get_type_name() == "FakeQuantize"]
     assert len(rounded) >= 3
     assert {r.get_type_name() for o in rounded for r in _reads(o)} <= set(WEIGHTED)
+
+
+def test_weights_alone_keep_the_grid_of_the_preparation(tmp_path: Path) -> None:
+    """NNCF rounds to a grid of its own, with 128 steps to the largest weight; twice rounded is worse than once."""
+    tool = quantizer(Windows(), (1, 32, 32, 3), (1, 8, 4, 4), tmp_path, "int8-weights")
+    assert tool.job.prepared is not None
+    tool.write(tmp_path / "int8.ir", frozenset(tool.job.prepared.in_float(tool.layers())))
+    image = np.random.default_rng(1).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    answers = []
+    for name in ("float.ir", "int8.ir"):
+        model = ov.Core().read_model(tmp_path / name / "model.xml")
+        answers.append(ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([image])[0])
+    constants = [o for o in model.get_ordered_ops() if o.get_type_name() == "Constant"]
+    assert sum(o.get_element_type() == ov.Type.i8 for o in constants) >= 5, "they are stored in 8 bits"
+    # The float file holds the prepared weights, which are on the grid already.
+    assert np.abs(answers[0] - answers[1]).max() <= 1e-4 * np.abs(answers[0]).max()
 
 
 def _reads(node: Any) -> list[Any]:

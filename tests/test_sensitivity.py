@@ -122,7 +122,7 @@ def test_the_worst_of_a_harmless_group_has_its_turn_first(monkeypatch: pytest.Mo
     found = {}
     for size in (1, 4):
         monkeypatch.setattr(sensitivity, "GROUP", size)
-        found[size] = [layers.index(layer) for layer in mend(module, layers, torch.randn(256, 32), 256)]
+        found[size] = [layers.index(layer) for layer in mend(module, layers, [torch.randn(256, 32)], 1)]
     assert found[1][:2] == found[4][:2] == [5, 2]
 
 
