@@ -41,7 +41,8 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
 
     Latency is compared through the ratio to PyTorch eager where both runs have it, because the ratio survives a
     machine that is slower today; the intervals of both must be apart. Without it the medians are compared, and the
-    spread of both runs is allowed for. Rounds that something else disturbed are allowed the spread of the probe. Where
+    spread of both runs is allowed for; so too where the two runs had different versions of PyTorch, whose own speed the
+    ratios hold. Rounds that something else disturbed are allowed the spread of the probe. Where
     either run kept fewer than five rounds, only a change by half counts. A row that the new result lacks is worse.
 
     Raises:
@@ -52,7 +53,8 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     if not before.keys() & after.keys():
         raise BenchmarkError("the two results have no runtime, precision and thread count in common.")
     allowed = (MUCH_SLOWER if _few_rounds(old, new) else SLOWER) + _unrest(old) + _unrest(new)
-    found = [change for k, row in after.items() if k in before for change in _row(before[k], row, allowed)]
+    ratios = _reference(old) == _reference(new)
+    found = [change for k, row in after.items() if k in before for change in _row(before[k], row, allowed, ratios)]
     found += [Change(_name(row), "status", row["status"], "missing", True)
               for k, row in before.items() if k not in after]
     return sorted(found, key=lambda c: not c.worse)
@@ -64,6 +66,10 @@ def remarks(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
              if not result["complete"]]
     if old["model"]["weights_sha256"] != new["model"]["weights_sha256"]:
         found.append(f"the results are of different weights of {new['model']['name']}")
+    versions = _reference(old), _reference(new)
+    if versions[0] != versions[1]:
+        found.append(f"PyTorch was {versions[0] or 'not timed'} and is {versions[1] or 'not timed'}: milliseconds are "
+                     "compared, not ratios to it")
     if _few_rounds(old, new):
         found.append(f"fewer than {FEW_ROUNDS} rounds were kept: only times that changed by more than "
                      f"{MUCH_SLOWER:.0%} are told")
@@ -73,6 +79,11 @@ def remarks(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     if apart:
         found.append(f"agreement was measured on other photos or prompts, and is not compared, of {'; '.join(apart)}")
     return found
+
+
+def _reference(result: dict[str, Any]) -> str:
+    """Version of the PyTorch that ratios are to; empty where there is none."""
+    return next((r.get("version") or "" for r in result["rows"] if r.get("reference") and r["status"] == "ok"), "")
 
 
 def _check_comparable(old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -111,13 +122,13 @@ def _same_prompts(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return facts[0] == facts[1]
 
 
-def _row(a: dict[str, Any], b: dict[str, Any], allowed: float) -> list[Change]:
+def _row(a: dict[str, Any], b: dict[str, Any], allowed: float, ratios: bool) -> list[Change]:
     name = _name(b)
     found = []
     if (a["status"] == "ok") != (b["status"] == "ok"):
         return [Change(name, "status", a["status"], b["status"], b["status"] != "ok")]
     if not b.get("reference"):
-        found += [c for g in GRAPHS if (c := _latency(f"{g} of {name}", a.get(g), b.get(g), allowed))]
+        found += [c for g in GRAPHS if (c := _latency(f"{g} of {name}", a.get(g), b.get(g), allowed, ratios))]
     if a.get("agreement") and b.get("agreement") and _same_prompts(a, b):
         first, second = mean_agreement(a), mean_agreement(b)
         if first is not None and second is not None and abs(first - second) > LESS_AGREEMENT:
@@ -132,11 +143,12 @@ def _row(a: dict[str, Any], b: dict[str, Any], allowed: float) -> list[Change]:
     return found
 
 
-def _latency(name: str, a: dict[str, Any] | None, b: dict[str, Any] | None, allowed: float) -> Change | None:
+def _latency(name: str, a: dict[str, Any] | None, b: dict[str, Any] | None, allowed: float,
+             ratios: bool) -> Change | None:
     if not a or not b:
         return None
     first, second = a.get("times_pytorch"), b.get("times_pytorch")
-    if first and second:
+    if ratios and first and second:
         moved = first["value"] / second["value"] - 1
         apart = second["high"] < first["low"] or second["low"] > first["high"]
         if abs(moved) > allowed and apart:

@@ -110,7 +110,7 @@ def fallbacks(bundle: Bundle | None, runtime: str | Runtime, precision: str, gra
         held = _needed(bundle, name)
         graph_spec(held, graph)
         opened: Any = registry.load("runtime", name).open(held, precision=precision, threads=threads)
-        return sum(int(n) for n in opened.fallback_ops()[graph].values())
+        return sum(int(n) for n in opened.fallback_ops[graph].values())
     return sum(row.fallback for row in _profile(bundle, runtime, precision, graph, threads, compute))
 
 

@@ -61,7 +61,7 @@ def _device(result: dict[str, Any], several: bool) -> list[str]:
         body.append("<p class=warn>Partial: the run was interrupted, numbers rest on fewer rounds than planned.</p>")
     calm = result.get("calm") or {}
     if calm.get("disturbed"):
-        body.append(f"<p class=warn>The machine was disturbed in {calm['disturbed']} of {calm['rounds']} rounds; "
+        body.append(f"<p class=warn>The machine was disturbed in {calm['disturbed']:d} of {calm['rounds']:d} rounds; "
                     "trust the ratios more than the milliseconds.</p>")
     rows = [cells(row) for row in result["rows"]]
     body.append(_table(HEADS, rows))
@@ -149,9 +149,9 @@ def _merged(kinds: dict[str, float]) -> dict[str, float]:
 def _method(result: dict[str, Any]) -> str:
     s = result["settings"]
     return ("<h2>Method</h2><p>One process per row, pinned to as many cores as it has threads; targets take turns "
-            f"round by round ({s.get('rounds', '?')} rounds, settings {html.escape(str(s))}). A call includes reading "
-            "the result back. Ratios are medians over rounds of the ratio to PyTorch eager in the same round, with a "
-            "95 % bootstrap interval. Spread is (p90 - p50) / p50. Peak memory is that of a process with both "
+            f"round by round ({html.escape(str(s.get('rounds', '?')))} rounds, settings {html.escape(str(s))}). A call "
+            "includes reading the result back. Ratios are medians over rounds of the ratio to PyTorch eager in the same "
+            "round, with a 95 % bootstrap interval. Spread is (p90 - p50) / p50. Peak memory is that of a process with both "
             "graphs. The floor is the larger of FLOPs / measured GEMM rate and bytes / measured bandwidth.</p>")
 
 

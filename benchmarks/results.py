@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pocketsam
+from pocketsam.benchmarks.shapes import RESULT, misfit
 from pocketsam.benchmarks.targets import described
 from pocketsam.bundle import Artifact, Bundle
 from pocketsam.doctor import machine
@@ -24,13 +25,6 @@ MAX_BYTES = 64 * 2**20
 GRAPHS = ("encoder", "decoder")
 # Times closer than this are equal on a busy machine.
 EQUAL = 1.05
-# Types by name; a part stands before what is in it.
-PARTS: dict[str, type] = {
-    "complete": bool, "created": str, "device": str, "pocketsam": str, "settings": dict, "rows": list,
-    "machine": dict, "machine.python": str, "machine.system": str, "machine.cpu": str, "machine.cores": int,
-    "machine.features": list,
-    "model": dict, "model.name": str, "model.image_size": int, "model.weights_sha256": str,
-}
 ROW_KEYS = ("runtime", "format", "precision", "threads", "status")
 
 
@@ -84,22 +78,10 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(data.get("schema"), int) or data["schema"] > SCHEMA:
         raise BenchmarkError(f"{path} has schema {data.get('schema')!r} and this version reads up to {SCHEMA}; "
                              "upgrade pocketsam.")
-    if lacking := _lacking(data):
+    if lacking := misfit(data, RESULT):
         raise BenchmarkError(f"{path} lacks parts of a benchmark result ({lacking} is missing or of another type); run "
                              "the benchmark again.")
     return data
-
-
-def _lacking(data: dict[str, Any]) -> str:
-    """The first part that is missing or of another type, such as ``model.name``; empty for a whole result."""
-    for name, kind in PARTS.items():
-        part: Any = data
-        for step in name.split("."):
-            part = part.get(step)
-        if not isinstance(part, kind):
-            return name
-    whole = all(isinstance(r, dict) and all(k in r for k in ROW_KEYS) for r in data["rows"])
-    return "" if whole else f"one of {', '.join(ROW_KEYS)} in rows"
 
 
 def merge(files: Sequence[Path]) -> list[dict[str, Any]]:

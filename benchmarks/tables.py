@@ -48,7 +48,8 @@ def accuracy_rows(result: dict[str, Any]) -> list[list[str]]:
         for prompt in ("box", "point"):
             m = measured.get(prompt)
             numbers = [str(m["prompts"]), *(f"{m[k]:.4f}" for k in ("mean", "p5", "worst"))] if m else [""] * 4
-            flips = f"{100 * measured['flip_rate']:.1f} %" if m and prompt == "point" else ""
+            told = m and prompt == "point" and "flip_rate" in measured
+            flips = f"{100 * measured['flip_rate']:.1f} %" if told else ""
             rows.append([*name, prompt, *numbers, flips, *(_of_all(row, k, prompt) for k in ("quality", "retention"))])
     heads = ["runtime", "precision", "prompt", "prompts", "mean IoU with PyTorch", "5th percentile", "worst", "flips",
              "mIoU with ground truth", "retention"]

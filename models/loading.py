@@ -22,6 +22,10 @@ from pocketsam.models.sam import SegmentAnything
 
 StateDict = dict[str, Tensor]
 WRAPPERS = ("state_dict", "model", "model_state_dict", "ema", "module")
+# What wrappers of modules put before their keys: data parallelism and averaged weights, and compilation.
+PREFIXES = ("module.", "_orig_mod.")
+# Keys that transformers' conversions of these models have, and official files have not.
+CONVERTED = ("vision_encoder.", "shared_image_embedding.")
 COUNTERS = ".num_batches_tracked"
 
 
@@ -63,7 +67,7 @@ def read_state_dict(path: Path) -> StateDict:
     try:
         if zipfile.is_zipfile(path):
             _check_stored(path)
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" or _is_safetensors(path):
             from safetensors.torch import load_file
 
             data: Any = load_file(path)
@@ -74,6 +78,8 @@ def read_state_dict(path: Path) -> StateDict:
         raise
     except ModuleNotFoundError as e:
         raise MissingDependency(str(e.name), "torch", f"reading {path.name}") from e
+    except PermissionError as e:
+        raise CheckpointError(f"checkpoint {path} may not be read ({e.strerror}); change its permissions.") from e
     except pickle.UnpicklingError as e:
         raise CheckpointError(f"checkpoint {path} is damaged or holds more than weights, and was not executed "
                               f"({first_line(e)}); download it again from the official place.") from e
@@ -84,9 +90,19 @@ def read_state_dict(path: Path) -> StateDict:
     return _unwrap(data, path)
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file of any name begins as safetensors do: the header's length, then JSON."""
+    with path.open("rb") as f:
+        start = f.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+
+
 def _check_stored(path: Path) -> None:
-    """Refuse packed archives: torch writes none, and a small one may unfold to any size."""
+    """Refuse packed archives: torch writes none, and a small one may unfold to any size. TorchScript is code."""
     with zipfile.ZipFile(path) as archive:
+        if any(Path(name).name == "constants.pkl" for name in archive.namelist()):
+            raise CheckpointError(f"checkpoint {path} is a TorchScript program; expected the official weights, which "
+                                  "`pocketsam models` lists.")
         if any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()):
             raise CheckpointError(f"checkpoint {path} is a compressed archive; expected a file of torch.save, so "
                                   "unpack it first.")
@@ -127,25 +143,46 @@ def recognise(checkpoint: Path) -> str:
     """
     state = read_state_dict(checkpoint)
     name = identify({k: tuple(v.shape) for k, v in state.items()})
+    if name is None:
+        _check_official(checkpoint, state)
     if name is None or name not in registry.MODELS:
         raise CheckpointError(f"checkpoint {checkpoint} holds no model that PocketSAM knows ({len(state)} tensors, "
                               f"{_some(list(state))}); name the model if it is one of those in `pocketsam models`.")
     return name
 
 
+def _check_official(path: Path, state: StateDict) -> None:
+    """Raise CheckpointError for a known model in another library's layout."""
+    if any(k.startswith(CONVERTED) for k in state):
+        raise CheckpointError(f"checkpoint {path} is a conversion for the transformers library, with other keys; pass "
+                              "the official file, which `pocketsam models` lists.")
+
+
 def _unwrap(data: Any, path: Path) -> StateDict:
     # A dictionary may hold itself.
     for _ in WRAPPERS:
-        if not isinstance(data, dict) or any(isinstance(v, Tensor) for v in data.values()):
+        inner = next((data[k] for k in WRAPPERS if isinstance(data.get(k), dict)), None) if _is_dict(data) else None
+        # Numbers of a training run may lie beside the weights, tensors among them.
+        if inner is None or (_tensors(data) > _tensors(inner) and _tensors(inner)):
             break
-        data = next((data[k] for k in WRAPPERS if isinstance(data.get(k), dict)), None)
-    if not isinstance(data, dict) or not any(isinstance(v, Tensor) for v in data.values()):
+        data = inner
+    if not _is_dict(data) or not _tensors(data):
         raise CheckpointError(f"checkpoint {path} holds no weights; expected a state dict, bare or wrapped in one of "
                               f"{', '.join(WRAPPERS)}.")
     tensors = {str(k): v for k, v in data.items() if isinstance(v, Tensor)}
-    if all(k.startswith("module.") for k in tensors):
-        tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
+    for prefix in PREFIXES:
+        # A counter or two, such as that of averaged weights, stand without it.
+        inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        tensors = inside if 2 * len(inside) > len(tensors) else tensors
     return tensors
+
+
+def _is_dict(data: Any) -> bool:
+    return isinstance(data, dict)
+
+
+def _tensors(data: Any) -> int:
+    return sum(isinstance(v, Tensor) for v in data.values())
 
 
 def _check_keys(name: str, path: Path, state: StateDict, expected: dict[str, torch.Size],
@@ -157,8 +194,10 @@ def _check_keys(name: str, path: Path, state: StateDict, expected: dict[str, tor
         return
     kinds = ((missing, "missing"), (unexpected, "unexpected"), (reshaped, "differently shaped"))
     parts = [f"{len(keys)} {kind} keys ({_some(keys)})" for keys, kind in kinds if keys]
+    _check_official(path, official)
     looks = identify({k: tuple(v.shape) for k, v in official.items()})
-    hint = f"it looks like {looks}" if looks else "it looks like no model that PocketSAM knows"
+    hint = (f"it is a changed copy of {name}" if looks == name else f"it looks like {looks}" if looks
+            else "it looks like no model that PocketSAM knows")
     raise CheckpointError(f"checkpoint {path} is not {name}: {', '.join(parts)}; {hint}.")
 
 

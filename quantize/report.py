@@ -37,14 +37,15 @@ class Row:
 
     Attributes:
         measured: :meth:`pocketsam.parity.Agreement.summary`.
-        retention: mIoU against ground truth divided by that of PyTorch, for boxes and points; None without a pack.
+        retention: mIoU against ground truth divided by that of PyTorch, for boxes and points; None without a pack,
+            or of a kind for which there is nothing to divide.
         encoder, decoder: what the bundle records of them.
     """
 
     format: str
     recipe: str
     measured: dict[str, Any]
-    retention: dict[str, float] | None
+    retention: dict[str, float | None] | None
     encoder: dict[str, Any]
     decoder: dict[str, Any]
     encoder_bytes: int
@@ -58,7 +59,8 @@ class Row:
 
     def cells(self) -> list[str]:
         """Texts in the order of the heads."""
-        kept = "-" if self.retention is None else f"{self.retention['box']:.3f} / {self.retention['point']:.3f}"
+        shares = [(self.retention or {}).get(kind) for kind in ("box", "point")]
+        kept = " / ".join("-" if share is None else f"{share:.3f}" for share in shares) if self.retention else "-"
         ratio = self.encoder.get("time_ratio")
         return [self.format, self.recipe, f"{self.encoder_bytes / 1e6:.2f}", f"{self.encoder['size_ratio']:.2f}",
                 three(self.measured["box"]), three(self.measured["point"]), f"{self.measured['flip_rate']:.1%}", kept,
@@ -162,10 +164,18 @@ def _row(reference: Predictor, candidate: Predictor, samples: Iterable[tuple[Rgb
         cases = sorted(cases, key=lambda c: c.iou)[:WORST]
     retention = None
     if quality:
-        retention = {k: float(np.mean([b for _, b in v]) / np.mean([a for a, _ in v])) for k, v in truths.items()}
+        retention = {k: kept_share(v) for k, v in truths.items()}
     encoder, decoder = held["encoder"], held["decoder"]
     return Row(format_, recipe, total.summary(), retention, encoder.quantization, decoder.quantization,
                encoder.bytes), cases
+
+
+def kept_share(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Mean IoU with the labels of the candidate over that of the reference; None where there are no labels, or the
+    reference finds none of them.
+    """
+    ours, theirs = (sum(p[i] for p in pairs) for i in (0, 1))
+    return theirs / ours if ours else None
 
 
 def _of(region: Bools, predictor: Predictor) -> list[tuple[str, Prompt]]:

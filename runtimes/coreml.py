@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pocketsam.batching import ENTRY_BATCHES, decode_padded
 from pocketsam.bundle import Bundle
-from pocketsam.errors import BundleError, MissingDependency, UsageError
+from pocketsam.errors import BundleError, MissingDependency, UsageError, first_line
 from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
 from pocketsam.registry import RUNTIME_VARIABLES
@@ -119,7 +119,11 @@ class _CoreMlProgram:
         import coremltools
 
         ct: Any = coremltools
-        self._model = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[unit], function_name=function)
+        try:
+            self._model = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[unit], function_name=function)
+        except Exception as e:  # Core ML's errors come through in several classes
+            raise BundleError(f"Core ML refuses {path} ({first_line(e)}); export the bundle again, or check that this "
+                              "macOS is 15 or newer.") from e
         description = self._model.get_spec().description
         for candidate in description.functions:
             if candidate.name == function:

@@ -28,7 +28,7 @@ from pocketsam.doctor import cores
 from pocketsam.errors import BundleError, first_line
 from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
-from pocketsam.runtime import Features, Tensors
+from pocketsam.runtime import Features, Tensors, check_tensors
 from pocketsam.specs import GraphSpec
 
 FORMAT = "litert"
@@ -50,8 +50,8 @@ class LiteRtRuntime:
         self.clicks = bundle.has_clicks(FORMAT, precision)
         self.click_workers = threads or cores()
         self._click_path = functools.cache(lambda name: bundle.file(bundle.find(FORMAT, precision, name)))
-        # Interpreters of a click graph that nobody uses at the moment.
-        self._idle: dict[str, list[Any]] = {}
+        # Interpreters of a click graph that nobody uses at the moment, with their runners.
+        self._idle: dict[str, list[tuple[Any, Any]]] = {}
         self._info = {"runtime": "litert", "version": metadata.version(ENGINE), "engine": ENGINE,
                       "precision": precision, "threads": threads, "weights_sha256": bundle.weights_sha256,
                       "artifacts_sha256": bundle.identity(FORMAT, precision)}
@@ -80,15 +80,17 @@ class LiteRtRuntime:
         spec = self.spec.graphs()[graph]
         with self._lock:
             idle = self._idle.setdefault(graph, [])
-            interpreter = idle.pop() if idle else _interpreter(self._click_path(graph), 1)
-        out = dict(_runner(interpreter, graph, spec)(**inputs))
+            # A runner does not keep its interpreter alive.
+            pair = idle.pop() if idle else _with_runner(_interpreter(self._click_path(graph), 1), graph, spec)
+        out = dict(pair[1](**inputs))
         with self._lock:
-            idle.append(interpreter)
+            idle.append(pair)
         return out
 
     def info(self) -> dict[str, Any]:
-        return {**self._info, "fallback_ops": self.fallback_ops()}
+        return {**self._info, "fallback_ops": self.fallback_ops}
 
+    @functools.cached_property
     def fallback_ops(self) -> dict[str, dict[str, int]]:
         """How many operators of each kind run outside the XNNPACK delegate, by graph."""
         return {"encoder": fallback_ops(self._encoder), "decoder": fallback_ops(self._decoder)}
@@ -112,7 +114,15 @@ def _runner(interpreter: Any, name: str, graph: GraphSpec) -> Any:
     if got is None or {k: sorted(v) for k, v in got.items()} != expected:
         raise BundleError(f"the LiteRT file has signatures {signatures}, expected {name} with {expected}; "
                           "export the bundle again.")
-    return interpreter.get_signature_runner(name)
+    runner = interpreter.get_signature_runner(name)
+    details = {**runner.get_input_details(), **runner.get_output_details()}
+    check_tensors("the LiteRT file", graph, {k: (np.dtype(d["dtype"]).name, d["shape"].tolist())
+                                             for k, d in details.items()})
+    return runner
+
+
+def _with_runner(interpreter: Any, name: str, graph: GraphSpec) -> tuple[Any, Any]:
+    return interpreter, _runner(interpreter, name, graph)
 
 
 def fallback_ops(interpreter: Any) -> dict[str, int]:

@@ -14,7 +14,7 @@ from pocketsam.doctor import cores
 from pocketsam.errors import BundleError, first_line
 from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
-from pocketsam.runtime import Features, Tensors
+from pocketsam.runtime import Features, Tensors, check_tensors
 from pocketsam.specs import GraphSpec
 
 FORMAT = "onnx"
@@ -76,6 +76,9 @@ class OnnxRuntime:
         if got != (graph.input_names, graph.output_names):
             raise BundleError(f"{path} has inputs and outputs {got}, expected {graph.input_names} and "
                               f"{graph.output_names}; export the bundle again.")
+        # "tensor(float)" and "tensor(uint8)".
+        check_tensors(path, graph, {t.name: ({"float": "float32"}.get(t.type[7:-1], t.type[7:-1]), t.shape or [])
+                                    for t in (*session.get_inputs(), *session.get_outputs())})
         return session
 
 

@@ -19,7 +19,7 @@ from pocketsam.files import cache_root
 from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
 from pocketsam.registry import OPENVINO_PRECISIONS, RUNTIME_VARIABLES
-from pocketsam.runtime import Features, Tensors
+from pocketsam.runtime import Features, Tensors, check_tensors
 from pocketsam.specs import GraphSpec
 
 FORMAT = "openvino"
@@ -135,7 +135,14 @@ class OpenVinoRuntime:
         if got != (graph.input_names, graph.output_names):
             raise BundleError(f"{path} has inputs and outputs {got}, expected {graph.input_names} and "
                               f"{graph.output_names}; export the bundle again.")
+        check_tensors(path, graph, {t.get_any_name(): _described(t) for t in (*model.inputs, *model.outputs)})
         return model
+
+
+def _described(tensor: Any) -> tuple[str, list[int]]:
+    """numpy's name of the dtype, and sizes, 0 for a free one."""
+    sizes = [d.get_length() if d.is_static else 0 for d in tensor.get_partial_shape()]
+    return tensor.get_element_type().to_dtype().name, sizes
 
 
 def check_precision(core: ov.Core, asked: str | None) -> str:

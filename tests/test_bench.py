@@ -256,6 +256,38 @@ def test_a_result_that_lacks_a_part_names_it(tmp_path: Path, part: str, value: o
         read(tmp_path / "bad.json")
 
 
+@pytest.mark.parametrize(("change", "lacking"), [
+    ({"encoder": {"p50_ms": 3}}, r"rows\[1\].encoder.spread"), ({"encoder": "x"}, r"rows\[1\].encoder"),
+    ({"encoder": {"p50_ms": 0, "spread": 0}}, r"rows\[1\].encoder.p50_ms"), ({"bytes": 5}, r"rows\[1\].bytes"),
+    ({"runtime": ["a"]}, r"rows\[1\].runtime"), ({"threads": True}, r"rows\[1\].threads"),
+    ({"agreement": {"all": {}}}, r"rows\[1\].agreement.all.mean"), ({"bytes": {"encoder": None}}, "bytes.encoder"),
+])
+def test_a_row_of_another_shape_is_named(tmp_path: Path, change: dict[str, Any], lacking: str) -> None:
+    result = synthetic(0)
+    result["rows"][1] |= change
+    write(result, tmp_path / "bad.json")
+    with pytest.raises(BenchmarkError, match=rf"lacks parts of a benchmark result \(.*{lacking}"):
+        read(tmp_path / "bad.json")
+
+
+def test_a_faster_pytorch_accuses_nobody() -> None:
+    """Ratios to it fall, and nothing became slower."""
+    old, new = synthetic(0), synthetic(0)
+    for row in new["rows"]:
+        for graph in ("encoder", "decoder"):
+            row[graph]["times_pytorch"] = {k: v * 0.8 for k, v in row[graph]["times_pytorch"].items()}
+    assert any(c.worse for c in compare(old, new))
+    new["rows"][0]["version"] = "2.0.0"
+    assert compare(old, new) == []
+    assert remarks(old, new) == ["PyTorch was 1.2.3 and is 2.0.0: milliseconds are compared, not ratios to it"]
+
+
+def test_what_a_foreign_result_says_is_text_on_the_page() -> None:
+    result = synthetic(0)
+    result["settings"]["rounds"] = "<script>alert(1)</script>"
+    assert "<script" not in page([result])
+
+
 class Balance(HTMLParser):
     """Counts open tags; void ones and the optional ends of this page's own p, html are not checked."""
 

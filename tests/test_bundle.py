@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,11 @@ import pytest
 
 import pocketsam
 from pocketsam.bundle import MANIFEST, read_bundle
-from pocketsam.errors import BundleError, UnknownName
+from pocketsam.errors import BundleError, UnknownName, UsageError
 from pocketsam.everything import Settings, segment_everything
 from pocketsam.models.catalog import SPECS
 from pocketsam.specs import CLICK_GRAPHS, ModelSpec
+from pocketsam.tune import tune
 
 
 @pytest.fixture
@@ -93,7 +95,8 @@ def test_newer_schema(bundle: Path) -> None:
     *[lambda d, v=v: d["artifacts"][0].update(v) for v in (
         {"format": []}, {"precision": None}, {"key": 1}, {"path": "a\0b"}, {"path": "\ud800"}, {"path": "x" * 300},
         {"measured": []}, {"measured": {"all": 1}}, {"measured": {"all": {"mean": "x"}}},
-        {"measured": {"all": {"mean": 10**400}}}, {"quantization": 3})],
+        {"measured": {"all": {"mean": 10**400}}},
+        {"measured": {"gate": "abc"}}, {"measured": {"gate": 2}}, {"quantization": 3})],
     *[lambda d, v=v: d["model"].update(v) for v in (
         {"mean": [1e9, 0, 0]}, {"mean": [-1, 0, 0]}, {"std": [1e9, 1, 1]}, {"prompt_size": -4}, {"prompt_size": True},
         {"hq_channels": -1}, {"max_points": -1}, {"stability": ["a", "b"]}, {"stability": [10**400, 1]},
@@ -142,3 +145,39 @@ def test_the_program_may_change_its_folder(toy_bundle: Path, monkeypatch: pytest
     sam.set_image(np.zeros((40, 60, 3), np.uint8))
     assert len(sam.predict_boxes([(1, 1, 20, 20), (5, 5, 30, 30)]).masks) == 2
     assert segment_everything(sam, np.zeros((40, 60, 3), np.uint8), Settings(points_per_side=2)) is not None
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "litert"])
+@pytest.mark.parametrize(("key", "value", "tensor"), [
+    ("image_size", 192, "image"), ("embed_size", 16, "image_embeddings"), ("slots", 9, "point_coords")])
+def test_graphs_of_another_shape(toy_everywhere: Path, tmp_path: Path, runtime: str, key: str, value: int,
+                                 tensor: str) -> None:
+    copy = Path(shutil.copytree(toy_everywhere, tmp_path / "copy.bundle"))
+    edit(copy, lambda data: (data if key == "slots" else data["model"]).update({key: value}))
+    with pytest.raises(BundleError, match=rf"has {tensor} as .*, and bundle\.json says .*; export the bundle again"):
+        pocketsam.load(copy, runtime=runtime, threads=1)
+
+
+def test_an_artifact_that_is_a_pipe(bundle: Path) -> None:
+    """Reading it would wait for ever."""
+    data = json.loads((bundle / MANIFEST).read_text())
+    path = bundle / data["artifacts"][0]["path"]
+    path.unlink()
+    os.mkfifo(path)
+    data["artifacts"][0]["bytes"] = 0
+    (bundle / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="neither a file nor a folder"):
+        pocketsam.load(bundle, runtime="onnxruntime")
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2"])
+def test_threads_that_are_no_number_of_threads(bundle: Path, threads: Any) -> None:
+    for call in (pocketsam.load, tune_of):
+        with pytest.raises(UsageError, match="expected a whole number of at least 1"):
+            call(bundle, threads=threads)
+    one: Any = np.int64(1)
+    assert pocketsam.load(bundle, runtime="onnxruntime", threads=one).info()["threads"] == 1
+
+
+def tune_of(bundle: Path, threads: Any) -> Any:
+    return tune(read_bundle(bundle), threads)

@@ -75,6 +75,21 @@ def test_doctor_advises_extras_that_hold_what_is_missing(monkeypatch: pytest.Mon
         name: f"pip install 'pocketsam[{needs.extras}]'" for name, needs in registry.FORMAT_PACKAGES.items()}
 
 
+def test_other_distributions_of_an_engine_are_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {"tflite-runtime": "2.14.0", "onnxruntime-gpu": "1.30.0"}
+    monkeypatch.setattr(doctor, "_version", lambda distribution: held.get(distribution, ""))
+    rows = {r.name: r for r in doctor.runtimes()}
+    assert (rows["litert"].usable, rows["litert"].version) == (True, "2.14.0")
+    assert (rows["onnxruntime"].usable, rows["openvino"].usable) == (True, False)
+
+
+@pytest.mark.parametrize("name", [r"a\[/b].jpg", r"C:\data\[abc]\x.jpg"])
+def test_names_with_brackets_are_printed_as_they_are(cli: Run, tmp_path: Path, name: str) -> None:
+    outcome = cli("segment", name, "--point", "1,1")
+    assert outcome.code == 2
+    assert name in "".join(outcome.err.splitlines())
+
+
 @pytest.mark.parametrize(("kind", "name", "module", "extras"), [
     ("format", "onnx", "onnxscript", "export"), ("format", "openvino", "openvino", "export"),
     ("format", "litert", "litert_torch", "all"), ("format", "coreml", "coremltools", "export,coreml"),

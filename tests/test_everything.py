@@ -339,3 +339,19 @@ def test_single_settings_replace_those_of_the_model() -> None:
         settings_for("lite0", grid=16)
     with pytest.raises(UsageError, match="nms is wide; expected a value from 0 to 1"):
         settings_for("lite0", nms="wide")
+
+
+def test_pixels_beside_the_last_cells_belong_to_the_mask() -> None:
+    """The photo ends between the centres of cells 95 and 96, and its last rows are interpolated from both."""
+    frame = Frame.of(384, 512, spec_of("lite0"))
+    low_res = np.full((1, 3, 128, 128), -9, np.float32)
+    low_res[:, :, 95:97, 20:60] = np.array([-1, 9], np.float32)[:, None]
+    want = masks_from_logits(low_res[0, :1], frame)[0]
+    assert want.sum() > 100
+    found = list(find(Answers(np.arange(1), low_res, np.ones((1, 3), np.float32)), frame, 0.2, 0, 1.0))
+    assert len(found) == 3
+    for c in found:
+        shape = shape_of(restore(c, 128), frame, to_image(c.cells, frame, 128), 1.0)
+        whole = np.zeros_like(want)
+        whole[shape.window.y0:shape.window.y1, shape.window.x0:shape.window.x1] = shape.mask
+        assert np.array_equal(whole, want)

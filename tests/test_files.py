@@ -6,13 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import pocketsam
 from pocketsam.bundle import read_bundle
 from pocketsam.errors import BundleError, ImageError, OutputError, UnknownName
-from pocketsam.files import check_writable, staged_file, staged_folder
+from pocketsam.files import cache_root, check_writable, sha256_path, size_of, staged_file, staged_folder
 from pocketsam.folders import check_output
 from pocketsam.images import photos_in
+from pocketsam.labels import stem_of
 
 FOLDER = "result"
 
@@ -75,7 +77,7 @@ def test_a_linked_folder_is_replaced_and_not_the_link(tmp_path: Path) -> None:
 
 
 def test_a_mount_point_is_refused_before_the_work(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "is_mount", lambda self: self == old)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == old)
     with pytest.raises(OutputError, match="mount point"), staged_folder(old):
         raise AssertionError("the work was begun")
     assert held(old) == {"a": "old"}
@@ -130,3 +132,43 @@ def test_a_place_that_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
         check_writable(tmp_path / "mine/file.json")
     with pytest.raises(OutputError, match="which is a folder"):
         check_writable(tmp_path)
+
+
+def test_what_is_written_has_the_rights_of_any_file(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with staged_file(tmp_path / "f") as staged:
+            staged.write_text("x")
+        put(tmp_path / FOLDER)
+    finally:
+        assert os.umask(before) == 0o027
+    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / FOLDER).stat().st_mode & 0o777 == 0o750
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    for name in ("POCKETSAM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert cache_root().is_dir()
+    assert cache_root() == cache_root()
+
+
+def test_what_macos_leaves_beside_files_is_no_part_of_them(tmp_path: Path) -> None:
+    folder = tmp_path / "encoder.ir"
+    folder.mkdir()
+    (folder / "model.xml").write_text("x")
+    before = sha256_path(folder), size_of(folder)
+    for name in (".DS_Store", "._model.xml"):
+        (folder / name).write_text("litter")
+    assert (sha256_path(folder), size_of(folder)) == before
+    Image.new("RGB", (2, 2)).save(folder / "a.png")
+    (folder / "._a.png").write_text("litter")
+    assert photos_in(folder) == [folder / "a.png"]
+
+
+def test_names_are_cut_between_characters() -> None:
+    assert stem_of("\u5199" * 81 + ".jpg").startswith("\u5199" * 66 + "-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,12 +30,39 @@ def test_wrapped_checkpoints(toy_checkpoint: Path, tmp_path: Path, wrap: str, pr
     assert not plain.training
 
 
+def test_numbers_of_a_training_run_beside_the_weights(toy_checkpoint: Path, tmp_path: Path) -> None:
+    state = torch.load(toy_checkpoint, weights_only=True)
+    plain = weights_sha256(load_model("toy_sam", toy_checkpoint))
+    for i, content in enumerate(({"model": state, "best": torch.tensor(0.3)},
+                                 {"n_averaged": torch.tensor(5), **{f"module.{k}": v for k, v in state.items()}},
+                                 {"model": {f"_orig_mod.{k}": v for k, v in state.items()}})):
+        torch.save(content, tmp_path / f"{i}.pt")
+        assert weights_sha256(load_model("toy_sam", tmp_path / f"{i}.pt")) == plain
+
+
+def test_files_of_another_kind_are_named(toy_checkpoint: Path, tmp_path: Path) -> None:
+    state = torch.load(toy_checkpoint, weights_only=True)
+    torch.save({f"vision_encoder.{k}": v for k, v in state.items()}, tmp_path / "converted.pt")
+    for call in (lambda path: load_model("toy_sam", path), recognise):
+        with pytest.raises(CheckpointError, match="a conversion for the transformers library"):
+            call(tmp_path / "converted.pt")
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(str(tmp_path / "program.pt"))
+    with pytest.raises(CheckpointError, match="a TorchScript program; expected the official weights"):
+        load_model("toy_sam", tmp_path / "program.pt")
+    torch.save({**state, "more": torch.zeros(1)}, tmp_path / "more.pt")
+    with pytest.raises(CheckpointError, match="1 unexpected keys"):
+        load_model("toy_sam", tmp_path / "more.pt")
+
+
 def test_safetensors(toy_checkpoint: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     state = torch.load(toy_checkpoint, weights_only=True)
     save_file(state, tmp_path / "toy.safetensors")
     assert weights_sha256(load_model("toy_sam", tmp_path / "toy.safetensors")) == weights_sha256(
+        load_model("toy_sam", toy_checkpoint))
+    shutil.copy(tmp_path / "toy.safetensors", tmp_path / "toy.pth")
+    assert weights_sha256(load_model("toy_sam", tmp_path / "toy.pth")) == weights_sha256(
         load_model("toy_sam", toy_checkpoint))
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "toy.safetensors").read_bytes()[:200])
     with pytest.raises(CheckpointError, match="is damaged"):

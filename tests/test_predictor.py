@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import pocketsam
+from pocketsam.batching import decode_padded
 from pocketsam.errors import EmbeddingError, ImageError, PromptError
 from pocketsam.geometry import Frame, masks_from_logits, upscale_logits
 from pocketsam.images import load_rgb
 from pocketsam.models.catalog import spec as spec_of
 from pocketsam.photos import photo_paths
 from pocketsam.predictor import Predictor
+from pocketsam.resampling import pillow_resize
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +155,46 @@ def test_boxes_that_are_no_arrays(sam: Predictor, boxes: Any) -> None:
     sam.set_image(noise(60, 100))
     with pytest.raises(PromptError, match=r"boxes .*expected"):
         sam.predict_boxes(boxes)
+
+
+def test_a_prompt_is_answered_on_one_image(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may set the next image while the decoder works."""
+    sam = pocketsam.load(toy_bundle, threads=1)
+    other = sam.embed(noise(30, 90))
+    decode = sam.runtime.decode
+    for ask in (lambda: sam.predict(points=[(5, 5)]), lambda: sam.predict_boxes([(1, 1, 20, 20)])):
+        sam.set_image(noise(60, 40))
+        monkeypatch.setattr(sam.runtime, "decode", lambda *args: (sam.set_embedding(other), decode(*args))[1])
+        assert ask().masks.shape[1:] == (60, 40)
+        monkeypatch.undo()
+
+
+def test_raw_prompts_that_cannot_be_used(sam: Predictor) -> None:
+    sam.set_image(noise(60, 40))
+    with pytest.raises(PromptError, match="prompts is empty"):
+        sam.decode_prompts([])
+    with pytest.raises(PromptError, match="too large for float32"):
+        sam.predict(mask=np.full((32, 32), 1e300))
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (11, [1] * 11), (12, [16]), (16, [16]), (19, [16, 1, 1, 1]),
+                                              (30, [16, 16])])
+def test_a_batch_is_filled_up_when_that_is_faster(count: int, sizes: list[int]) -> None:
+    asked: list[int] = []
+
+    def run(size: int, prompts: Any) -> Any:
+        asked.append(size)
+        return {"x": prompts["point_labels"]}
+
+    labels = np.arange(count, dtype=np.float32)[:, None]
+    assert decode_padded({"point_labels": labels}, run)["x"].tolist() == labels.tolist()
+    assert asked == sizes
+
+
+@pytest.mark.parametrize("shape", [(1, 3_200_000), (3_200_000, 1)])
+def test_extremely_long_images(shape: tuple[int, int]) -> None:
+    height, width = (min(side, 128) for side in shape)
+    assert pillow_resize(np.zeros((*shape, 3), np.uint8), height, width).shape == (height, width, 3)
 
 
 def test_prompt_without_image(toy_bundle: Path) -> None:

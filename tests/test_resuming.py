@@ -13,9 +13,11 @@ from folder_jobs import Run, everything, job_of
 
 from pocketsam.bundle import read_bundle
 from pocketsam.errors import LabelError, UsageError
+from pocketsam.everything import segment_everything
 from pocketsam.files import sha256_file
-from pocketsam.folders import embed, finish, prepare
+from pocketsam.folders import embed, finish, prepare, segment_photo
 from pocketsam.images import load_rgb
+from pocketsam.predictor import Predictor
 
 
 def test_resuming_and_shards(cli: Run, photos: Path, toy_bundle: Path, tmp_path: Path) -> None:
@@ -142,6 +144,7 @@ def test_masks_of_another_runtime_or_model_are_not_mixed(toy_bundle: Path, tmp_p
     prepare(job, sam, [])
     prepare(job, sam, [])
     info[name] = value
+    sam = Predictor(sam.runtime)
     with pytest.raises(UsageError, match=rf"another model or runtime \({words}"):
         prepare(job, sam, [])
 
@@ -178,3 +181,39 @@ def test_embeddings_of_another_encoder_are_not_taken(photos: Path, toy_bundle: P
     sam.runtime.info = lambda: info
     embed(sam, rgb, cache)
     assert len(list(cache.iterdir())) == 2
+
+
+def test_a_photo_that_is_replaced_meanwhile_is_done_again(photos: Path, toy_bundle: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    job, photo = job_of(toy_bundle, tmp_path / "out"), photos / "p1.png"
+    sam = job.open()
+    real = segment_everything
+
+    def slow(*args: object, **options: object) -> object:
+        shutil.copy(photos / "p0.png", photo)
+        return real(*args, **options)  # type: ignore[arg-type]
+
+    assert prepare(job, sam, [photo]) == [photo]
+    monkeypatch.setattr("pocketsam.folders.segment_everything", slow)
+    assert not segment_photo(sam, photo, job).problem
+    monkeypatch.undo()
+    assert prepare(job, sam, [photo]) == [photo], "the masks are those of the old photo"
+    segment_photo(sam, photo, job)
+    assert prepare(job, sam, [photo]) == []
+    photo.unlink()
+    assert "does not exist" in segment_photo(sam, photo, job).problem
+    assert not job.label(photo).exists()
+    assert not job.overlay(photo).exists()
+
+
+def test_the_overlay_of_an_earlier_photo_does_not_stay(photos: Path, toy_bundle: Path, tmp_path: Path) -> None:
+    job, photo = job_of(toy_bundle, tmp_path / "out"), photos / "p1.png"
+    sam = job.open()
+    prepare(job, sam, [photo])
+    segment_photo(sam, photo, job)
+    shutil.copy(photos / "p0.png", photo)
+    plain = replace(job, overlays=False)
+    assert prepare(plain, sam, [photo]) == [photo]
+    segment_photo(sam, photo, plain)
+    assert prepare(plain, sam, [photo]) == []
+    assert prepare(job, sam, [photo]) == [photo], "there is no picture of this photo yet"

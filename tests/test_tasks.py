@@ -16,10 +16,11 @@ import pocketsam
 from pocketsam import rle
 from pocketsam.edge_scores import boundaries, count, match, skeleton, summarize
 from pocketsam.edges import find_edges, thin
-from pocketsam.errors import LabelError
+from pocketsam.errors import LabelError, OutputError
 from pocketsam.everything import Settings
 from pocketsam.instances import read_detections
 from pocketsam.labels import read_json
+from pocketsam.overlay import save_image
 from pocketsam.photos import photo_paths
 from pocketsam.predictor import Predictor
 from pocketsam.proposals import average_recall, propose, recalls
@@ -74,6 +75,13 @@ def test_thinning_keeps_the_crest() -> None:
         line = kept if image is ridge else kept.T
         assert (line.sum(1) == 1).all()
         assert line[:, 30].all()
+
+
+def test_thinning_a_few_rows_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    strength = np.random.default_rng(0).random((97, 60), np.float32)
+    whole = thin(strength)
+    monkeypatch.setattr("pocketsam.edges.THIN_ROWS", 13)
+    assert np.array_equal(thin(strength), whole)
 
 
 @pytest.mark.parametrize("shape", [(1, 60), (60, 1), (1, 1)])
@@ -209,3 +217,19 @@ def test_commands(cli: Run, toy_bundle: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "p.json").read_text())["annotations"]
     assert cli("edges", photo, "-o", tmp_path / "f.png", "--bundle", toy_bundle, "--grid", "0").code == 2
     assert cli("proposals", photo, "-o", tmp_path / "q.json", *common, "--most", "0").code == 2
+
+
+def test_tables_with_marks_and_short_rows(tmp_path: Path) -> None:
+    """A byte order mark, as Windows' editors write it, and a row that ends before its last column."""
+    (tmp_path / "boxes.json").write_text('\ufeff[{"image_id": 1, "bbox": [1, 2, 3, 4]}]', encoding="utf-8")
+    assert read_detections(tmp_path / "boxes.json")[0].image == "1"
+    (tmp_path / "boxes.csv").write_text("x0,y0,x1,y1,image\n1,2,3,4,a.jpg\n1,2,3,4\n")
+    with pytest.raises(LabelError, match="a row ends before the column image"):
+        read_detections(tmp_path / "boxes.csv")
+
+
+def test_pictures_that_are_too_large_for_their_kind(tmp_path: Path) -> None:
+    wide = Image.new("RGB", (16_384, 1))
+    with pytest.raises(OutputError, match=r"WEBP takes at most 16383 a side; choose the ending \.png"):
+        save_image(wide, tmp_path / "a.webp")
+    save_image(wide, tmp_path / "a.png")

@@ -26,6 +26,7 @@ from pocketsam.training.__main__ import main
 from pocketsam.training.augment import Augment
 from pocketsam.training.checkpoint import CHECKPOINT
 from pocketsam.training.curves import draw_curves
+from pocketsam.training.fit import Teaching, fit
 from pocketsam.training.loop import LOG, Phase, Recipe, Trainer, schedule
 from pocketsam.training.on_device import DeviceCache
 from pocketsam.training.packs import Cache
@@ -148,6 +149,40 @@ def test_a_run_without_a_checkpoint_starts_its_log_anew(drawn_cache: Cache, tmp_
     trainer.save()
     Trainer(toy(), drawn_cache, RECIPE, tmp_path).run(log_steps=2)
     assert [json.loads(line).get("step") for line in (tmp_path / LOG).read_text().splitlines()] == [None, 2, 4]
+
+
+def test_steps_after_the_checkpoint_are_logged_once(drawn_cache: Cache, tmp_path: Path) -> None:
+    """As after a crash between two checkpoints, which may cut a line off."""
+    trainer = fresh(drawn_cache, tmp_path)
+    trainer.step = 2
+    trainer.save()
+    for step in (2, 4):
+        trainer.log({"step": step})
+    with (tmp_path / LOG).open("a") as log:
+        log.write('{"step": 6, "lo')
+    fresh(drawn_cache, tmp_path).log({"step": 4})
+    assert [json.loads(line).get("step") for line in (tmp_path / LOG).read_text().splitlines()] == [None, 2, 4]
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"minutes": -5}, "minutes is -5"), ({"minutes": 0}, "minutes is 0"), ({"lr": 0}, "lr is 0"),
+    ({"workers": 0}, "workers is 0"), ({"stop_after": 0}, "stop_after is 0"),
+    ({"proposer": ("sam2.1_tiny", Path("x"))}, "sam2.1_tiny takes photos squashed"),
+    ({"teaching": Teaching("efficient_sam_ti", Path("x"), 1, 1)}, "efficient_sam_ti takes photos squashed"),
+])
+def test_what_fit_cannot_do_is_said_first(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        fit([tmp_path / "missing.tar"], tmp_path / "run", **{"preset": "cpu", "minutes": 1, **options})
+
+
+@pytest.mark.parametrize("pair", [("teacher", "taught"), ("trunk", "initial")])
+def test_options_of_fit_that_exclude_each_other(tmp_path: Path, pair: tuple[str, str],
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = [text for name in pair for text in (f"--{name}", "x")]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--data", "x", "--out", "x", *chosen, "--teacher-checkpoint", "x"])
+    assert stop.value.code == 2
+    assert "exclude each other" in capsys.readouterr().err
 
 
 def test_fit_continues_by_the_same_call_only(drawn_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -5,27 +5,35 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from drawn import PLAIN, SIZE, generator
 
+from pocketsam.errors import LabelError
 from pocketsam.labelled import read_pack
 from pocketsam.models.prompt_encoder import EMPTY_SLOT, PADDING_POINT
 from pocketsam.training.augment import Augment, Window, cut_image, cut_labels, sample_window
 from pocketsam.training.batches import LEAST_AREA, boxes_of, image_weights, make_batch
 from pocketsam.training.distance import centre_point, inner_distance
 from pocketsam.training.on_device import DeviceCache, cut_images, cut_label_maps
-from pocketsam.training.packs import Cache, nearest_index
+from pocketsam.training.packs import Cache, _numbered, nearest_index
 from pocketsam.training.prompts import correction_clicks, depth, first_prompts, jitter_boxes, sample_points
 
 pytestmark = pytest.mark.usefixtures("gradients")
 
 
-def test_packs_keep_ids_above_255(drawn_pack: Path, drawn_cache: Cache) -> None:
+def test_regions_are_numbered_through(drawn_pack: Path, drawn_cache: Cache) -> None:
+    """Ids of a pack may be any numbers, and regions are counted."""
     samples = list(read_pack(drawn_pack))
     assert [s.source for s in samples[:2]] == ["drawn0", "drawn1"]
     assert samples[5].layers[0].max() == 300
-    assert set(drawn_cache.labels[5].unique().tolist()) == {0, 1, 300}
+    assert set(drawn_cache.labels[5].unique().tolist()) == {0, 1, 2}
+    assert drawn_cache.regions[5] == 2
+    layer = np.array([[0, 40_000, 7], [7, -3, 2**31 - 1]], np.int32)
+    assert _numbered(layer, "x").tolist() == [[0, 2, 1], [1, 0, 3]]
+    with pytest.raises(LabelError, match="a layer of x has 32768 regions; expected at most 32767"):
+        _numbered(np.arange(1, 32_769, dtype=np.int32)[None], "x")
     assert drawn_cache.content[0] == (SIZE, 43)
 
 

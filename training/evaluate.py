@@ -95,7 +95,7 @@ def region_masks(sample: Labelled, most: int | None, generator: torch.Generator)
     """Bool (R, H, W): the regions of all layers, or ``most`` of them at random."""
     layers = [torch.from_numpy(layer) for layer in sample.layers]
     all_ids = [(layer, int(k)) for layer in layers for k in torch.unique(layer) if k > 0]
-    order = torch.randperm(len(all_ids), generator=generator).tolist()[:most] if most else range(len(all_ids))
+    order = range(len(all_ids)) if most is None else torch.randperm(len(all_ids), generator=generator).tolist()[:most]
     masks = [all_ids[i][0] == all_ids[i][1] for i in order]
     return torch.stack(masks) if masks else torch.zeros(0, *sample.image.shape[:2], dtype=torch.bool)
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from pocketsam import registry
 from pocketsam.doctor import machine
 from pocketsam.errors import UsageError
 from pocketsam.labelled import identity
+from pocketsam.models.catalog import spec as spec_of
 from pocketsam.models.lite0 import LiteEncoder, lite0
 from pocketsam.models.loading import load_model, read_state_dict
 from pocketsam.models.mask_decoder import TwoWayBlock
@@ -118,14 +120,18 @@ def fit(data: Sequence[Path], out: Path, preset: str, minutes: float, *, trunk: 
         stop_after: minutes after which to save and return, to be continued by the same call.
 
     Raises:
-        UsageError: the run in ``out`` was begun by another call, or the preset takes no teacher.
+        UsageError: the run in ``out`` was begun by another call, the preset takes no teacher, a model sees photos in
+            another frame than lite0, or a number is out of range.
         CheckpointError: weights to start from or to learn from cannot be read, or are another model's.
         EmbeddingError: the stored embeddings are not those of the packs.
         LabelError: a pack cannot be used.
     """
+    _check_numbers(minutes, lr, workers, stop_after)
+    for name in (*([teaching.model] if isinstance(teaching, Teaching) else []), *([proposer[0]] if proposer else [])):
+        _check_frame(name)
     chosen = PRESETS[preset](minutes)
     device = "cuda" if torch.cuda.is_available() and preset == "gpu" else "cpu"
-    recipe = replace(chosen.recipe, seed=seed, lr=lr or chosen.recipe.lr,
+    recipe = replace(chosen.recipe, seed=seed, lr=chosen.recipe.lr if lr is None else lr,
                      bf16=chosen.recipe.bf16 and computes_bf16(device))
     call = {"preset": preset, "data": [identity(path) for path in data], "trunk": str(trunk), "initial": str(initial),
             "teacher": str(teaching), "propose": str(proposer)}
@@ -147,6 +153,22 @@ def fit(data: Sequence[Path], out: Path, preset: str, minutes: float, *, trunk: 
         print(f"{layers} layers proposed for {images} images", flush=True)
     spawn(chosen.processes, _train, cache, recipe, out, start, device, teaching, data,
           call, stop_after)
+
+
+def _check_numbers(minutes: float, lr: float | None, workers: int, stop_after: float | None) -> None:
+    for name, value in (("minutes", minutes), ("lr", 1 if lr is None else lr), ("workers", workers),
+                        ("stop_after", 1 if stop_after is None else stop_after)):
+        if not 0 < value < float("inf"):
+            raise UsageError(f"{name} is {value}; expected more than 0.")
+
+
+def _check_frame(model: str) -> None:
+    """Raise UsageError for a model that cannot answer on batches that are padded as lite0's are."""
+    registry.check("model", model)
+    spec = spec_of(model)
+    if spec.resize != "pad" or spec.padding == "fill":
+        raise UsageError(f"{model} takes photos squashed to a square, or a fixed number of points; to teach or to "
+                         "propose, choose a model that pads, such as mobile_sam.")
 
 
 def computes_bf16(device: str) -> bool:

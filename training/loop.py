@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pocketsam.files import staged_file
 from pocketsam.models.lite0 import LiteEncoder
 from pocketsam.models.sam import SegmentAnything
 from pocketsam.photos import CALIBRATION_IMAGES
@@ -136,7 +137,8 @@ class Trainer:
         """Done fraction of the run."""
         if self.recipe.steps is not None:
             return self.step / self.recipe.steps
-        return self.seconds / 60 / (self.recipe.minutes or 1)
+        assert self.recipe.minutes is not None
+        return self.seconds / 60 / self.recipe.minutes
 
     def run(self, save_minutes: float = 3, log_steps: int = 20, stop_after: float | None = None) -> None:
         """Train to the end of the schedule.
@@ -231,6 +233,16 @@ class Trainer:
         self.average = state["ema"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
+        self._forget_later_rows()
+
+    def _forget_later_rows(self) -> None:
+        """Steps that were logged after the checkpoint come again."""
+        log = self.out / LOG
+        if rank() or not log.is_file():
+            return
+        lines = log.read_text(encoding="utf-8").splitlines()
+        with staged_file(log) as staged:
+            staged.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= self.step), encoding="utf-8")
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one JSON line."""
@@ -249,6 +261,14 @@ class Trainer:
         for k, v in current.items():
             if not v.is_floating_point():
                 self.average[k].copy_(v)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the log; a line that a crash cut off is after every step."""
+    try:
+        return float(json.loads(line).get("step", 0))
+    except ValueError:
+        return math.inf
 
 
 def schedule(progress: float, warmup: float) -> float:

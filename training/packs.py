@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from pocketsam.errors import LabelError
 from pocketsam.labelled import Labelled, Stored, read_stored
 
 
@@ -71,7 +72,7 @@ def build_cache(paths: Sequence[Path], size: int, workers: int = 2, limit: int |
                 labels.extend(layers)
                 cache.content.append(content)
                 cache.sources.append(sample.source)
-                cache.regions.append(sum(int(layer.max()) for layer in layers))
+                cache.regions.append(sum(len(torch.unique(layer[layer > 0])) for layer in layers))
     cache.images = torch.stack(images)
     cache.labels = torch.stack(labels) if labels else torch.zeros(0, size, size, dtype=torch.int16)
     return cache
@@ -89,6 +90,19 @@ def fit(height: int, width: int, size: int) -> tuple[int, int]:
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
+def _numbered(layer: NDArray[np.int32], name: str) -> NDArray[np.int16]:
+    """Region ids 1, 2, ... in the order of the given ones, which may be any; 0 stays.
+
+    Raises:
+        LabelError: more regions than 16 bits can number.
+    """
+    ids = np.unique(layer[layer > 0])
+    if len(ids) > np.iinfo(np.int16).max:
+        raise LabelError(f"a layer of {name} has {len(ids)} regions; expected at most {np.iinfo(np.int16).max}.")
+    found: NDArray[np.int16] = np.where(layer > 0, np.searchsorted(ids, layer) + 1, 0).astype(np.int16)
+    return found
+
+
 def _place(sample: Labelled, size: int) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
     height, width = sample.image.shape[:2]
     h, w = fit(height, width, size)
@@ -99,6 +113,6 @@ def _place(sample: Labelled, size: int) -> tuple[Tensor, list[Tensor], tuple[int
     layers = []
     for layer in sample.layers:
         out = torch.zeros(size, size, dtype=torch.int16)
-        out[:h, :w] = torch.from_numpy(layer[rows][:, columns])
+        out[:h, :w] = torch.from_numpy(_numbered(layer[rows][:, columns], sample.id))
         layers.append(out)
     return image, layers, (h, w)

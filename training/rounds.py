@@ -73,7 +73,7 @@ def chosen_logits(logits: Tensor, scores: Tensor, ambiguous: Tensor) -> Tensor:
 def answer(model: SegmentAnything, features: Features, prompts: Prompts, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Decode M prompts with the previous logits (M, h, w) fed back: float32 logits (M, 4, h, w) and scores (M, 4)."""
     flags = None if mask is None else torch.ones(len(mask), device=mask.device)
-    logits, scores = model.decode(features, prompts.coords, prompts.labels, None if mask is None else mask[:, None],
+    logits, scores, *_ = model.decode(features, prompts.coords, prompts.labels, None if mask is None else mask[:, None],
                                   flags, fixed_slots=True)
     return logits.float(), scores.float()
 

@@ -19,6 +19,7 @@ export function frameOf(height, width, model) {
 export function modelImage(pixels, frame, model) {
   const [h, w] = frame.content;
   const channels = pixels.length / (frame.height * frame.width);
+  if (channels === 4) pixels = overWhite(pixels);
   const resize = model.resampling === "bilinear" ? plainResize : pillowResize;
   const content = resize(pixels, frame.height, frame.width, channels, h, w);
   const pad = model.mean.map((m) => Math.floor(m + 0.5));
@@ -29,6 +30,16 @@ export function modelImage(pixels, frame, model) {
         out[(y * frame.size + x) * 3 + c] = y < h && x < w ? content[(y * w + x) * 3 + c] : pad[c];
       }
     }
+  }
+  return out;
+}
+
+/** Lays transparent pixels over white, as the Python package does. */
+function overWhite(pixels) {
+  const out = new Uint8Array(pixels.length);
+  for (let i = 0; i < pixels.length; i += 4) {
+    const alpha = pixels[i + 3];
+    for (let c = 0; c < 3; c++) out[i + c] = Math.round((pixels[i + c] * alpha + 255 * (255 - alpha)) / 255);
   }
   return out;
 }

@@ -16,7 +16,7 @@ async function fetched(address) {
 
 export class Predictor {
   constructor(ort, bundle, encoder, decoder) {
-    Object.assign(this, { ort, model: bundle.model, slots: bundle.slots, encoder, decoder, features: null, frame: null });
+    Object.assign(this, { ort, model: bundle.model, slots: bundle.slots, encoder, decoder, image: null });
   }
 
   /** Open the ONNX graphs of a bundle. `options` are ONNX Runtime's session options, such as { executionProviders }. */
@@ -32,10 +32,12 @@ export class Predictor {
 
   /** Embed a photo: RGB or RGBA bytes of (H, W, 3 or 4), such as the data of a canvas. */
   async setImage(pixels, height, width) {
-    this.frame = frameOf(height, width, this.model);
-    const size = this.model.image_size;
-    const image = new this.ort.Tensor("uint8", modelImage(pixels, this.frame, this.model), [1, size, size, 3]);
-    this.features = await this.encoder.run({ image });
+    const frame = frameOf(height, width, this.model), size = this.model.image_size;
+    // Until the encoder is done there is no image to prompt: the old features do not fit the new frame.
+    this.image = null;
+    const image = new this.ort.Tensor("uint8", modelImage(pixels, frame, this.model), [1, size, size, 3]);
+    const features = await this.encoder.run({ image });
+    this.image = { features, frame };
   }
 
   /**
@@ -44,9 +46,9 @@ export class Predictor {
    * three answers to an ambiguous click when `multimask`, else the one for a box or several points.
    */
   async predict(prompt, { multimask = true } = {}) {
-    if (!this.features) throw new Error("no image is set; call setImage first.");
-    const inputs = { ...this.features };
-    for (const [name, { data, dims }] of Object.entries(decoderInputs(prompt, this.frame, this.model, this.slots))) {
+    if (!this.image) throw new Error("no image is set; call setImage first, and wait for it.");
+    const { features, frame } = this.image, inputs = { ...features };
+    for (const [name, { data, dims }] of Object.entries(decoderInputs(prompt, frame, this.model, this.slots))) {
       inputs[name] = new this.ort.Tensor("float32", data, dims);
     }
     const answer = await this.decoder.run(inputs);
@@ -55,7 +57,7 @@ export class Predictor {
       : this.model.best_only ? [bestToken(scores)] : [1, 2, 3];
     const logits = tokens.map((t) => all.slice(t * each, (t + 1) * each));
     const limit = this.model.logit_limit;
-    return { masks: logits.map((l) => maskOf(l, this.frame)), scores: tokens.map((t) => scores[t]),
+    return { masks: logits.map((l) => maskOf(l, frame)), scores: tokens.map((t) => scores[t]),
              logits: limit ? logits.map((l) => l.map((v) => Math.min(Math.max(v, -limit), limit))) : logits };
   }
 }

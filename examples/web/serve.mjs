@@ -10,15 +10,15 @@ const TYPES = { ".html": "text/html", ".mjs": "text/javascript", ".js": "text/ja
                 ".wasm": "application/wasm" };
 
 createServer(async (request, response) => {
-  const path = normalize(decodeURIComponent(new URL(request.url, "http://localhost").pathname));
-  const [root, file] = path.startsWith(`${sep}bundle${sep}`) ? [resolve(bundle), path.slice(8)] : [here, path];
   try {
+    const path = normalize(decodeURIComponent(new URL(request.url, "http://localhost").pathname));
+    const [root, file] = path.startsWith(`${sep}bundle${sep}`) ? [resolve(bundle), path.slice(8)] : [here, path];
     const content = await readFile(join(root, file === sep ? "index.html" : file));
     // With these two headers a browser lets WebAssembly use threads.
     response.writeHead(200, { "Content-Type": TYPES[extname(file)] ?? (file === sep ? "text/html" : "application/octet-stream"),
                               "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp" });
     response.end(content);
   } catch {
-    response.writeHead(404).end(`${path} is not here`);
+    response.writeHead(404).end("there is no such file");
   }
 }).listen(Number(port), "localhost", () => console.log(`http://localhost:${port} shows ${bundle}`));

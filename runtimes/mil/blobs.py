@@ -59,6 +59,8 @@ class Blobs:
             if not name.startswith(PREFIX) or not path.is_relative_to(self.folder.resolve()) or not path.is_file():
                 raise BundleError(f"the Core ML program names the weights {name!r}, which are not inside its package; "
                                   "do not use this bundle.")
+            if not path.stat().st_size:
+                raise BundleError(f"{name} is empty; export the bundle again.")
             # Copy on write, because torch refuses to hold read-only memory silently.
             self.files[name] = np.memmap(path, np.uint8, "c")
         return self.files[name]

@@ -13,6 +13,7 @@ from pocketsam.bundle import MANIFEST, Bundle, read_bundle
 from pocketsam.errors import UsageError
 from pocketsam.files import is_there
 from pocketsam.predictor import Predictor
+from pocketsam.runtime import check_threads
 
 if TYPE_CHECKING:
     from pocketsam.runtime import Runtime
@@ -38,8 +39,7 @@ def load(source: str | Path = BUILTIN_MODEL, *, runtime: str = "auto", checkpoin
     Raises:
         PocketSamError: one of its children, naming what to do.
     """
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}; expected at least 1.")
+    threads = check_threads(threads)
     if runtime != "auto":
         registry.check("runtime", runtime)
     name = str(source)
@@ -66,6 +66,7 @@ def _looks_like_a_name(source: str | Path) -> bool:
 def open_bundle(bundle: Bundle, runtime: str = "auto", precision: str = "fp32",
                 threads: int | None = None, compute: str | None = None) -> Runtime:
     """Open the artifacts of a bundle in one runtime."""
+    threads = check_threads(threads)
     # Some files are opened when they are first asked for, and the program may have changed its folder by then.
     bundle = replace(bundle, root=bundle.root.absolute())
     if compute is not None and runtime not in registry.RUNTIME_OPTIONS:

@@ -11,13 +11,16 @@ from pocketsam.runtime import Tensors
 
 # One prompt while a user clicks, sixteen for boxes and grids.
 ENTRY_BATCHES = (1, 16)
+# A graph of a larger batch takes almost as long as so many single prompts, however few of its places are filled.
+WORTH = 0.75
 
 
 def decode_padded(prompts: Tensors, run: Callable[[int, Tensors], Tensors],
                   sizes: Sequence[int] = ENTRY_BATCHES) -> Tensors:
     """Decode B prompts with graphs of fixed batch sizes.
 
-    The smallest size that holds the rest is used, filled up with empty prompts whose answers are dropped.
+    A larger size is used when at least three quarters of it are there to decode; what is missing is filled up with
+    empty prompts, whose answers are dropped.
 
     Args:
         prompts: ``decoder_inputs`` with leading dimension B.
@@ -31,7 +34,7 @@ def decode_padded(prompts: Tensors, run: Callable[[int, Tensors], Tensors],
     parts: list[Tensors] = []
     start = 0
     while start < total:
-        size = next((s for s in sizes if s >= total - start), sizes[-1])
+        size = max(s for s in sizes if s == sizes[0] or total - start >= WORTH * s)
         count = min(size, total - start)
         out = run(size, {k: _padded(k, v[start:start + count], size) for k, v in prompts.items()})
         parts.append({k: v[:count] for k, v in out.items()})

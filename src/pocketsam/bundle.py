@@ -120,6 +120,8 @@ class Bundle:
         """
         path = safe_path(self.root, artifact.path)
         try:
+            if not (path.is_file() or path.is_dir()) and path.exists():
+                raise BundleError(f"{path} is neither a file nor a folder; do not use this bundle.")
             intact = size_of(path) == artifact.bytes and sha256_path(path) == artifact.sha256
         except FileNotFoundError as e:
             raise BundleError(f"{self.root} lacks {artifact.path}; the bundle is incomplete: export it again.") from e
@@ -208,8 +210,9 @@ def _check(row: Artifact) -> None:
         raise ValueError("a tensor's shape is no list")
     if not isinstance(row.measured, dict) or not isinstance(row.quantization, dict):
         raise ValueError("the measurements of an artifact are no table")
-    if not isinstance(row.agreement, (int, float)) or not 0 <= row.agreement <= 1:
-        raise ValueError("a mask agreement is no number from 0 to 1")
+    for name, value in (("a mask agreement", row.agreement), ("a gate", row.measured.get("gate", 0))):
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"{name} is no number from 0 to 1")
 
 
 def _parse(root: Path, data: dict[str, Any]) -> Bundle:

@@ -92,14 +92,15 @@ def find(answers: Answers, frame: Frame, least_score: float, least_stability: fl
     """
     points, low_res, scores = answers
     m = low_res.shape[-1]
-    rows, columns = _content(frame, m)
+    (rows, columns), (far_rows, far_columns) = _content(frame, m), _reached(frame, m)
     for b, token in np.argwhere(scores > least_score if least_score > 0 else np.isfinite(scores)):
         logits = low_res[b, token]
-        inside = logits[:rows, :columns]
+        inside, reached = logits[:rows, :columns], logits[:far_rows, :far_columns]
         outer = int(np.count_nonzero(inside > -offset))
-        if least_stability > 0 and _surely_unstable(int(np.count_nonzero(inside > offset)), outer, least_stability):
+        if least_stability > 0 and (outer or not (reached > -offset).any()) and _surely_unstable(
+                int(np.count_nonzero(inside > offset)), outer, least_stability):
             continue
-        most = ceiling(inside, frame)
+        most = ceiling(reached, frame)
         positive, cells = positive_cells(most, 0), positive_cells(most, -offset)
         if positive is None or cells is None:
             continue
@@ -221,6 +222,14 @@ def _surely_unstable(inner: int, outer: int, least: float) -> bool:
 def _content(frame: Frame, m: int) -> tuple[int, int]:
     """Rows and columns of low-resolution cells that touch the photo."""
     return -(-frame.prompt_height * m // frame.prompt_size), -(-frame.prompt_width * m // frame.prompt_size)
+
+
+def _reached(frame: Frame, m: int) -> tuple[int, int]:
+    """Rows and columns of cells that the photo's pixels are interpolated from: the last ones may lie beside it."""
+    size = frame.prompt_size
+    rows, columns = (min(m, ((2 * covered - 1) * m - size) // (2 * size) + 2)
+                     for covered in (frame.prompt_height, frame.prompt_width))
+    return rows, columns
 
 
 def _inner_bound(inside: Floats, frame: Frame, m: int) -> tuple[float, float, float, float]:

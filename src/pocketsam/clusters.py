@@ -11,7 +11,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from pocketsam.bundle import MANIFEST
 from pocketsam.errors import MissingDependency, OutputError, PocketSamError, WorkerError
+from pocketsam.files import is_there
 from pocketsam.folders import Done, Job, Report, segment_photo
 
 OBJECT_STORE_BYTES = 100_000_000
@@ -100,6 +102,7 @@ def _collect(rows: Any, total: int, report: Report) -> list[Done]:
 
 def _absolute(job: Job) -> Job:
     """Workers start in a folder of their own."""
-    source = str(Path(job.source).resolve()) if Path(job.source).exists() else job.source
+    # A folder that happens to have a model's name is no bundle.
+    source = str(Path(job.source).resolve()) if is_there(Path(job.source) / MANIFEST) else job.source
     embeddings = None if job.embeddings is None else job.embeddings.resolve()
     return replace(job, out=job.out.resolve(), source=source, embeddings=embeddings)

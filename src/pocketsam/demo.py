@@ -15,7 +15,7 @@ from pocketsam.api import export, open_bundle
 from pocketsam.builtin import BUILTIN_MODEL
 from pocketsam.bundle import Bundle
 from pocketsam.doctor import exporters, machine
-from pocketsam.errors import MissingDependency, PocketSamError
+from pocketsam.errors import MissingDependency, PocketSamError, first_line
 from pocketsam.everything import settings_for
 from pocketsam.files import staged_file
 from pocketsam.images import Rgb, load_rgb
@@ -24,6 +24,7 @@ from pocketsam.overlay import draw
 from pocketsam.photos import BOXES, CLICKS, PHOTOS, photo_paths
 from pocketsam.predictor import Predictor
 from pocketsam.registry import RUNTIME_FORMATS
+from pocketsam.runtime import check_threads
 from pocketsam.tune import time_runtime
 
 PRECISIONS = ("fp32",)
@@ -59,6 +60,7 @@ def run(folder: Path, threads: int | None, report: Report) -> tuple[list[list[st
     Raises:
         MissingDependency: nothing can be exported here.
     """
+    threads = check_threads(threads)
     formats = [row.name for row in exporters() if row.usable]
     if not formats:
         raise MissingDependency("torch", "all", "the demo")
@@ -91,6 +93,8 @@ def _run_one(bundle: Bundle, runtime: str, format_: str, precision: str, threads
         column = Column(f"{runtime} {precision}", _segment_all(Predictor(engine), prompts))
     except PocketSamError as e:
         return [format_, precision, "", "", "", "", str(e)], None
+    except Exception as e:  # engines raise classes of their own
+        return [format_, precision, "", "", "", "", f"{runtime} failed ({first_line(e)})"], None
     size = sum(p.bytes for p in parts) / 1e6
     note = str(engine.info().get("note", ""))
     return [format_, precision, f"{size:.1f}", f"{parts[0].measured['all']['mean']:.5f}", f"{encoder:.1f}",

@@ -37,7 +37,8 @@ def runtimes() -> list[Row]:
     """Each runtime's version, or the pip command that would install it."""
     rows = []
     for name, package in registry.RUNTIME_PACKAGES.items():
-        version = _version(package.distribution)
+        # Other distributions bring the same module, or an older one that is as good.
+        version = next(filter(None, map(_version, (package.distribution, *package.others))), "")
         remedy = "" if version else f"pip install 'pocketsam[{package.extra}]'"
         rows.append(Row(name, bool(version), version, remedy))
     return rows

@@ -24,6 +24,8 @@ NMS = 0.7
 # Probabilities below sigmoid(-8) are 0 for an edge map, and bound the window that is looked at.
 FAINT = 8.0
 SMOOTH = 4
+# Rows that are thinned at once, and how far above and below a pixel what is kept of it depends on others.
+THIN_ROWS, THIN_MARGIN = 256, SMOOTH + 4
 
 
 def find_edges(sam: Predictor, image: ImageLike, points_per_side: int = POINTS_PER_SIDE) -> Floats:
@@ -65,6 +67,16 @@ def thin(strength: Floats) -> Floats:
     Args:
         strength: float32 (H, W).
     """
+    kept = np.empty_like(strength)
+    # A few rows at a time: the derivatives of a 12-megapixel photo would take 1.8 GB.
+    for top in range(0, len(strength), THIN_ROWS):
+        first = max(0, top - THIN_MARGIN)
+        band = _thin(strength[first:top + THIN_ROWS + THIN_MARGIN])[top - first:]
+        kept[top:top + THIN_ROWS] = band[:THIN_ROWS]
+    return kept
+
+
+def _thin(strength: Floats) -> Floats:
     smooth = _blur(strength, SMOOTH)
     gy, gx = _slope(smooth, 0), _slope(smooth, 1)
     gyy, gxy, gxx = _slope(gy, 0), _slope(gy, 1), _slope(gx, 1)

@@ -1,4 +1,4 @@
-"""Image embeddings that can be stored, so that an image is encoded once and prompted for ever."""
+"""Image embeddings that can be stored, so that an image is encoded once and prompted as often as one likes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 from pocketsam.errors import EmbeddingError
 from pocketsam.files import staged_file
 from pocketsam.geometry import Frame
+from pocketsam.images import MAX_PIXELS
 from pocketsam.runtime import Features
 from pocketsam.specs import ModelSpec
 
 FORMAT = "pocketsam-embedding-1"
-MAX_IMAGE_SIDE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def load_embedding(path: str | Path, spec: ModelSpec, weights_sha256: str) -> Em
             check_identity(str(path), str(meta["model"]), str(meta["weights_sha256"]), side, spec, weights_sha256)
             features = {t.name: data[t.name] for t in spec.feature_specs()}
         height, width = int(meta["height"]), int(meta["width"])
-        if not (0 < height <= MAX_IMAGE_SIDE and 0 < width <= MAX_IMAGE_SIDE):
+        if height < 1 or width < 1 or height * width > MAX_PIXELS:
             raise ValueError(f"image size {height} x {width}")
         for t in spec.feature_specs():
             if features[t.name].shape != t.shape or features[t.name].dtype != np.float32:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,11 +71,14 @@ class Settings:
         for name in ("pred_iou", "stability", "nms", "crop_nms", "crop_overlap", "max_area"):
             if not _within(getattr(self, name), 1):
                 raise UsageError(f"{name} is {getattr(self, name)}; expected a value from 0 to 1.")
+            object.__setattr__(self, name, float(getattr(self, name)))
         for name, least, most in (("points_per_side", 1, 512), ("crop_points_divide", 1, 512), ("crop_layers", 0, 5),
                                   ("batch", 1, 1024), ("min_region", 0, 10 ** 9)):
             value = getattr(self, name)
-            if not isinstance(value, int) or not least <= value <= most:
+            if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
                 raise UsageError(f"{name} is {value}; expected a whole number from {least} to {most}.")
+            # numpy's numbers are taken, and kept as Python's, which JSON takes.
+            object.__setattr__(self, name, int(value))
         if not _within(self.stability_offset, sys.float_info.max):
             raise UsageError(f"stability_offset is {self.stability_offset}; expected 0 or more.")
         if self.side(self.crop_layers) < 1:
@@ -91,7 +95,7 @@ class Settings:
 
 def _within(value: Any, most: float) -> bool:
     """Whether a setting is a number from 0 to ``most``."""
-    return isinstance(value, (int, float)) and 0 <= value <= most
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= most
 
 
 # Thresholds are statements about a model's own scores. lite0's are lower than those of SAM ViT-H, for which the

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
 
 from pocketsam.errors import OutputError
@@ -47,15 +50,15 @@ def staged_file(path: Path) -> Iterator[Path]:
     with output_errors(path):
         _check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:SHOWN]}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
+        # Not by tempfile, whose files nobody else may read; made here, they have the rights of any other file.
+        staged = path.parent / f".{path.stem[:SHOWN]}.{secrets.token_hex(8)}{path.suffix}"
+        os.close(os.open(staged, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try:
-            yield Path(name)
-            Path(name).chmod(0o666 & ~_umask())
-            Path(name).replace(path)
+            yield staged
+            staged.replace(path)
         finally:
             with suppress(FileNotFoundError):
-                Path(name).unlink()
+                staged.unlink()
 
 
 def check_writable(path: Path) -> None:
@@ -66,7 +69,9 @@ def check_writable(path: Path) -> None:
     """
     with output_errors(path):
         _check_replaceable(path)
-        nearest = next(p for p in path.absolute().parents if p.exists())
+        nearest = next((p for p in path.absolute().parents if p.exists()), None)
+        if nearest is None:
+            raise OutputError(f"cannot write {path}, whose drive does not exist; choose another place.")
         if not nearest.is_dir():
             raise OutputError(f"cannot write {path}, as {nearest} is no folder; choose another place.")
         if not os.access(nearest, os.W_OK | os.X_OK):
@@ -90,15 +95,16 @@ def staged_folder(path: Path) -> Iterator[Path]:
     """
     with output_errors(path):
         path = path.resolve()
-        if path.is_mount():
+        # Path.is_mount does not exist on Windows before Python 3.12.
+        if os.path.ismount(path):
             raise OutputError(f"cannot write {path}, which is a mount point; choose a folder inside it.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name[:SHOWN]}.", suffix=".partial", dir=path.parent))
+        staging = path.parent / f".{path.name[:SHOWN]}.{secrets.token_hex(8)}.partial"
+        staging.mkdir()
     try:
         with output_errors(path, REFUSALS):
             yield staging
         with output_errors(path):
-            staging.chmod(0o777 & ~_umask())
             _replace(staging, path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -139,9 +145,14 @@ def sha256_path(path: Path) -> str:
     for name, file in sorted((p.relative_to(path).as_posix(), p) for p in path.rglob("*")):
         if file.is_symlink():
             raise ValueError(f"{file} is a symbolic link")
-        if file.is_file():
+        if file.is_file() and not is_litter(file.name):
             digest.update(f"{name}\0{sha256_file(file)}\n".encode())
     return digest.hexdigest()
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file is one that macOS leaves beside others, which belongs to nothing here."""
+    return name.startswith("._") or name == ".DS_Store"
 
 
 def is_there(path: Path) -> bool:
@@ -156,13 +167,7 @@ def size_of(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
     if not path.is_dir():
         return path.stat().st_size
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-
-
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file() and not is_litter(p.name))
 
 
 _caches: ContextVar[Path | None] = ContextVar("caches", default=None)
@@ -179,9 +184,24 @@ def caches_in(folder: Path) -> Iterator[None]:
 
 
 def cache_root() -> Path:
-    """``$POCKETSAM_CACHE``, else ``$XDG_CACHE_HOME/pocketsam``, else ``~/.cache/pocketsam``."""
+    """``$POCKETSAM_CACHE``, else ``$XDG_CACHE_HOME/pocketsam``, else ``~/.cache/pocketsam``; for a user without a home,
+    as in some containers, a folder of its own among the temporary ones.
+    """
     if (folder := _caches.get()) is not None:
         return folder
     if own := os.environ.get("POCKETSAM_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pocketsam"
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "pocketsam"
+    try:
+        return Path.home() / ".cache" / "pocketsam"
+    except RuntimeError:
+        return _private_folder()
+
+
+@cache
+def _private_folder() -> Path:
+    """A new folder, because one with a name that others can guess may be theirs; gone at the end."""
+    folder = tempfile.TemporaryDirectory(prefix="pocketsam-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)

@@ -25,7 +25,7 @@ from pocketsam.embedding import Embedding, load_embedding
 from pocketsam.errors import EmbeddingError, ImageError, LabelError, OutputError, UsageError, WorkerError
 from pocketsam.everything import Settings, segment_everything
 from pocketsam.files import output_errors, sha256_file
-from pocketsam.images import Rgb, image_id, load_rgb
+from pocketsam.images import Rgb, image_id, load_photo
 from pocketsam.labels import (
     COCO_FILE,
     is_whole,
@@ -171,22 +171,29 @@ def segment_photo(sam: Predictor, photo: Path, job: Job) -> Done:
     """
     started = time.perf_counter()
     try:
-        rgb = load_rgb(photo)
+        rgb, file_sha256 = load_photo(photo)
     except ImageError as e:
-        # What an earlier photo of this name left is not this photo's.
-        with output_errors(job.label(photo)):
-            job.label(photo).unlink(missing_ok=True)
+        _forget(job, photo)
         return Done(photo.name, problem=str(e))
     if job.overlays and (known := job.labelled(photo)) is not None:
         save_overlay(overlay(rgb, known["annotations"]), job.overlay(photo))
         return Done(photo.name, len(known["annotations"]), time.perf_counter() - started)
     records = segment_everything(sam, rgb, job.settings, lambda part: embed(sam, part, job.embeddings))
     data = sa1b(records, photo.name, rgb.shape[0], rgb.shape[1], _number(photo.name))
-    data["image"]["file_sha256"] = sha256_file(photo)
+    data["image"]["file_sha256"] = file_sha256
     if job.overlays:
         save_overlay(overlay(rgb, data["annotations"]), job.overlay(photo))
+    else:
+        _forget(job, photo)
     write_json(data, job.label(photo))
     return Done(photo.name, len(records), time.perf_counter() - started)
+
+
+def _forget(job: Job, photo: Path) -> None:
+    """Remove what an earlier photo of this name left, the label first: it would call the overlay done."""
+    for path in (job.label(photo), job.overlay(photo)):
+        with output_errors(path):
+            path.unlink(missing_ok=True)
 
 
 def embed(sam: Predictor, rgb: Rgb, folder: Path | None) -> Embedding:

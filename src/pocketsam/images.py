@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pocketsam.errors import ImageError, UsageError
+from pocketsam.files import is_litter
 
 ImageLike = str | Path | Image.Image | NDArray[Any]
 Rgb = NDArray[np.uint8]
 
 # What Pillow opens at most by default, twice its ``MAX_IMAGE_PIXELS``: 512 MiB as RGB.
 MAX_PIXELS = 178_956_970
+# EXIF's number for how the camera was held.
+ORIENTATION = 0x0112
+_filters = threading.Lock()
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -33,7 +39,8 @@ def photos_in(path: Path) -> list[Path]:
             return [path]
         if not path.is_dir():
             raise ImageError(f"{path} does not exist; expected a photo or a folder of photos.")
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+        found = sorted(p for p in path.iterdir()
+                       if p.suffix.lower() in SUFFIXES and not is_litter(p.name) and p.is_file())
     except OSError as e:
         raise ImageError(f"{path} cannot be opened ({e.strerror}); check the path.") from e
     if not found:
@@ -58,22 +65,44 @@ def load_rgb(image: ImageLike) -> Rgb:
         raise ImageError(f"image is a {type(image).__name__}; expected a path, a PIL image or a uint8 (H, W, 3) array.")
     path = Path(image)
     _check_path(path)
-    with warnings.catch_warnings():
-        # The size is checked below, against our own limit.
+    return _read(path, str(path))
+
+
+def load_photo(path: Path) -> tuple[Rgb, str]:
+    """A file as uint8 (H, W, 3) RGB, and the sha256 of its bytes, which are read once: both are of the same photo even
+    if the file changes meanwhile.
+
+    Raises:
+        ImageError: as for :func:`load_rgb`.
+    """
+    _check_path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise ImageError(f"{path} cannot be opened ({e.strerror}); check the image path.") from e
+    return _read(io.BytesIO(data), str(path)), hashlib.sha256(data).hexdigest()
+
+
+def _read(source: Path | io.BytesIO, name: str) -> Rgb:
+    try:
+        with _opened(source) as opened:
+            return _to_rgb(opened, name, own=True)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as e:
+        # The limit may be one that the program set.
+        raise ImageError(f"{name} has too many megapixels ({e}); scale it down before segmenting.") from e
+    except UnidentifiedImageError as e:
+        raise ImageError(f"{name} is not an image in a known format; expected a JPEG, PNG or similar file.") from e
+    except Exception as e:  # Pillow raises a dozen unrelated classes for a damaged file
+        raise ImageError(f"{name} cannot be read ({e}); the file may be truncated or damaged: copy it again.") from e
+
+
+def _opened(source: Path | io.BytesIO) -> Image.Image:
+    """The size is checked later, against our own limit. Filters of warnings are the process's, so one at a time."""
+    with _filters, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            with Image.open(path) as opened:
-                return _to_rgb(opened, str(path))
-        except ImageError:
-            raise
-        except Image.DecompressionBombError as e:
-            # The limit may be one that the program set.
-            raise ImageError(f"{path} has too many megapixels ({e}); scale it down before segmenting.") from e
-        except UnidentifiedImageError as e:
-            raise ImageError(f"{path} is not an image in a known format; expected a JPEG, PNG or similar file.") from e
-        except Exception as e:  # Pillow raises a dozen unrelated classes for a damaged file
-            raise ImageError(f"{path} cannot be read ({e}); the file may be truncated or damaged: copy it "
-                             "again.") from e
+        return Image.open(source)
 
 
 def image_id(rgb: Rgb) -> str:
@@ -108,13 +137,19 @@ def _check_array(image: NDArray[Any]) -> Rgb:
     return image
 
 
-def _to_rgb(image: Image.Image, name: str) -> Rgb:
+def _to_rgb(image: Image.Image, name: str, own: bool = False) -> Rgb:
+    """Args:
+        own: the image may be changed; a caller's may not.
+    """
     if image.width * image.height > MAX_PIXELS:
         raise _too_large(name)
     if 0 in image.size:
         raise ImageError(f"{name} has no pixels; expected at least 1 x 1.")
     try:
-        image = ImageOps.exif_transpose(image)
+        if own:
+            ImageOps.exif_transpose(image, in_place=True)
+        elif image.getexif().get(ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
         return np.asarray(_flatten(image, name))
     except ImageError:
         raise
@@ -130,7 +165,7 @@ def _flatten(image: Image.Image, name: str) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _wide_grey(image: Image.Image, name: str) -> Image.Image:

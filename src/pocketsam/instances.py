@@ -68,13 +68,15 @@ def _from_csv(path: Path) -> Iterator[Detection]:
     with path.open(newline="", encoding="utf-8-sig") as f:
         for row in csv.DictReader(f, skipinitialspace=True):
             x0, y0, x1, y1 = (float(row[c]) for c in COLUMNS[1:])
+            if row["image"] is None:
+                raise ValueError("a row ends before the column image")
             category = row.get("category") or "1"
             yield Detection(row["image"], row["image"], (x0, y0, x1, y1),
                             int(category) if category.isdecimal() else category, float(row.get("score") or 1))
 
 
 def _from_json(path: Path) -> Iterator[Detection]:
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = json.loads(path.read_text(encoding="utf-8-sig"))
     names: dict[Any, str] = {}
     if isinstance(data, dict):
         names = {i["id"]: str(i["file_name"]) for i in data["images"]}

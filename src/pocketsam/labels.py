@@ -72,7 +72,8 @@ def stem_of(name: str) -> str:
     whole = os.fsencode(name)
     if len(whole) <= NAME_BYTES:
         return name
-    return f"{os.fsdecode(whole[:NAME_BYTES - 40])}-{hashlib.sha256(whole).hexdigest()[:12]}"
+    # Whole characters: half of one is no name on every system.
+    return f"{whole[:NAME_BYTES - 40].decode('utf-8', 'ignore')}-{hashlib.sha256(whole).hexdigest()[:12]}"
 
 
 def is_whole(data: dict[str, Any]) -> bool:

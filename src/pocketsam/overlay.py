@@ -16,6 +16,8 @@ from pocketsam.images import Rgb
 # Okabe and Ito's palette: distinguishable with colour-vision deficiency.
 PALETTE = ((0, 158, 115), (230, 159, 0), (86, 180, 233), (213, 94, 0), (204, 121, 167), (240, 228, 66), (0, 114, 178))
 ALPHA = 0.5
+# Pixels of the longest side that a format takes.
+MOST_SIDE = {"WEBP": 16_383, "JPEG": 65_500}
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", "": "PNG"}
 
 
@@ -58,11 +60,15 @@ def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG, JPEG, WebP or BMP, by the file name, atomically; a name without one of these endings gets a PNG.
 
     Raises:
-        OutputError: another ending, or the place cannot be written.
+        OutputError: another ending, a picture too large for its kind, or the place cannot be written.
     """
     check_picture(path)
+    kind = PICTURES.get(path.suffix.lower(), "PNG")
+    if max(image.size) > MOST_SIDE.get(kind, max(image.size)):
+        raise OutputError(f"{path} cannot hold {image.width} x {image.height} pixels: {kind} takes at most "
+                          f"{MOST_SIDE[kind]} a side; choose the ending .png.")
     with staged_file(path) as staged:
-        image.save(staged, format=PICTURES.get(path.suffix.lower(), "PNG"))
+        image.save(staged, format=kind)
 
 
 def check_picture(path: Path) -> None:

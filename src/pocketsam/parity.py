@@ -7,7 +7,7 @@ chooses by its own scores. *Agreement*: IoU of both masks at image size; boxes a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from pocketsam.distance import inner_point
 from pocketsam.geometry import Bools, masks_from_logits, tight_box
 from pocketsam.grids import point_grid
 from pocketsam.images import Rgb, image_id
-from pocketsam.predictor import Predictor, best_token
+from pocketsam.predictor import DECODER_BATCH, Predictor, best_token
 from pocketsam.prompts import Prompt
 from pocketsam.resampling import Floats
 
@@ -178,7 +178,7 @@ def _compare_image(reference: Predictor, candidate: Predictor, rgb: Rgb, rng: np
         extra_masks, extra_scores = reference.decode_prompts([refined])
         prompts = [*prompts[:-1], (kind, refined)]
         ref_masks[-1], ref_scores[-1] = extra_masks[0], extra_scores[0]
-    masks, scores = candidate.decode_prompts([p for _, p in prompts])
+    masks, scores = _decoded_both_ways(candidate, [p for _, p in prompts])
     if tensors:
         result.note_error("low_res_masks", ref_masks, masks)
         result.note_error("iou_predictions", ref_scores, scores)
@@ -188,3 +188,17 @@ def _compare_image(reference: Predictor, candidate: Predictor, rgb: Rgb, rng: np
         a = masks_from_logits(ref_masks[i, token][None], ours.frame)[0]
         b = masks_from_logits(masks[i, other][None], theirs.frame)[0]
         result.ious[kind].append(mask_iou(a, b))
+
+
+def _decoded_both_ways(predictor: Predictor, prompts: Sequence[Prompt]) -> tuple[Floats, Floats]:
+    """As ``decode_prompts``, every other box and every other point alone, the rest in a whole batch: in some formats
+    these are graphs of their own.
+    """
+    alone = [i for i in range(len(prompts)) if i % 4 < 2]
+    together = [i for i in range(len(prompts)) if i % 4 >= 2]
+    answers = {i: tuple(a[0] for a in predictor.decode_prompts([prompts[i]])) for i in alone}
+    if together:
+        filled = [prompts[together[k % len(together)]] for k in range(max(DECODER_BATCH, len(together)))]
+        answers |= dict(zip(together, zip(*predictor.decode_prompts(filled), strict=True), strict=False))
+    masks, scores = zip(*(answers[i] for i in range(len(prompts))), strict=True)
+    return np.stack(masks), np.stack(scores)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,15 +57,12 @@ class Predictor:
     def __init__(self, runtime: Runtime, exact: bool | None = None) -> None:
         self.runtime = runtime
         self.exact = bool(getattr(runtime, "takes_floats", False)) if exact is None else exact
+        self.weights_sha256 = str(runtime.info()["weights_sha256"])
         self._embedding: Embedding | None = None
 
     @property
     def spec(self) -> ModelSpec:
         return self.runtime.spec
-
-    @property
-    def weights_sha256(self) -> str:
-        return str(self.runtime.info()["weights_sha256"])
 
     def embed(self, image: ImageLike) -> Embedding:
         """Run the encoder.
@@ -114,11 +111,12 @@ class Predictor:
         Raises:
             PromptError: nothing or something unusable was given, or no image is set.
         """
-        low_res, scores = self._decode([Prompt.of(self.current.frame, self.spec, points, labels, box, mask)])
+        current = self.current
+        (low_res, scores), = self._decode(current, [Prompt.of(current.frame, self.spec, points, labels, box, mask)])
         if multimask and not self.spec.best_only:
-            return self._result(low_res[0, 1:], scores[0, 1:])
+            return self._result(current, low_res[0, 1:], scores[0, 1:])
         token = best_token(scores[0]) if multimask else single_token(low_res[0], scores[0], self.spec)
-        return self._result(low_res[0, token][None], scores[0, token][None])
+        return self._result(current, low_res[0, token][None], scores[0, token][None])
 
     def predict_boxes(self, boxes: ArrayLike) -> Result:
         """The single-mask answer for each of many boxes.
@@ -129,18 +127,28 @@ class Predictor:
         Raises:
             PromptError: not numbers of this shape, a box is empty or leaves the image, or no image is set.
         """
-        frame = self.current.frame
+        current = self.current
         rows = float_array(boxes, "boxes", (-1, 4))
         if not len(rows):
             raise PromptError("boxes is empty; expected (K, 4) with at least one box.")
-        low_res, scores = self._decode([Prompt.of(frame, self.spec, box=row) for row in rows])
-        tokens = [single_token(logits, ious, self.spec) for logits, ious in zip(low_res, scores, strict=True)]
-        chosen = np.arange(len(rows)), tokens
-        return self._result(low_res[chosen], scores[chosen])
+        found = []
+        # One token of four is kept of every batch.
+        for low_res, scores in self._decode(current, [Prompt.of(current.frame, self.spec, box=row) for row in rows]):
+            tokens = [single_token(logits, ious, self.spec) for logits, ious in zip(low_res, scores, strict=True)]
+            chosen = np.arange(len(tokens)), tokens
+            found.append((low_res[chosen], scores[chosen]))
+        return self._result(current, np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found]))
 
     def decode_prompts(self, prompts: Sequence[Prompt]) -> tuple[Floats, Floats]:
-        """Raw answers of all four tokens: low-res logits (B, 4, 4h, 4w) and predicted IoU (B, 4)."""
-        return self._decode(prompts)
+        """Raw answers of all four tokens: low-res logits (B, 4, 4h, 4w) and predicted IoU (B, 4).
+
+        Raises:
+            PromptError: no prompt was given, one is unusable, or no image is set.
+        """
+        if not prompts:
+            raise PromptError("prompts is empty; pass at least one.")
+        found = list(self._decode(self.current, prompts))
+        return np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found])
 
     def everything(self, image: ImageLike, settings: Settings | None = None, **changes: Any) -> list[MaskRecord]:
         """All masks of a photo, found with a grid of points; see :mod:`pocketsam.everything`.
@@ -182,20 +190,19 @@ class Predictor:
             raise PromptError("no image is set; call set_image or set_embedding first.")
         return self._embedding
 
-    def _result(self, logits: Floats, scores: Floats) -> Result:
-        masks = masks_from_logits(logits, self.current.frame)
+    def _result(self, current: Embedding, logits: Floats, scores: Floats) -> Result:
+        masks = masks_from_logits(logits, current.frame)
         limit = self.spec.logit_limit
         return Result(masks, scores, np.clip(logits, -limit, limit) if limit else logits)
 
-    def _decode(self, prompts: Sequence[Prompt]) -> tuple[Floats, Floats]:
-        current = self.current
-        masks, scores = [], []
+    def _decode(self, current: Embedding, prompts: Sequence[Prompt]) -> Iterator[tuple[Floats, Floats]]:
+        """Logits and predicted IoU of a batch of prompts after the other, all on one embedding: another thread may set
+        the next image meanwhile.
+        """
         for i in range(0, len(prompts), DECODER_BATCH):
             inputs = decoder_inputs(prompts[i:i + DECODER_BATCH], current.frame, self.spec, self.runtime.slots)
             out = self.runtime.decode(current.features, inputs)
-            masks.append(out["low_res_masks"])
-            scores.append(out["iou_predictions"])
-        return np.concatenate(masks), np.concatenate(scores)
+            yield out["low_res_masks"], out["iou_predictions"]
 
 
 def best_token(scores: Floats) -> int:

@@ -177,6 +177,9 @@ def _mask(mask: ArrayLike, spec: ModelSpec) -> Floats:
     if array.shape != (m, m) or array.dtype.kind != "f":
         raise PromptError(f"the mask prompt is {array.dtype} {array.shape}; expected float logits ({m}, {m}), "
                           "such as a row of an earlier result's logits.")
-    if not np.isfinite(array).all():
-        raise PromptError("the mask prompt contains NaN or infinity; expected finite logits.")
-    return np.ascontiguousarray(array, np.float32)
+    with np.errstate(over="ignore"):
+        logits = np.ascontiguousarray(array, np.float32)
+    if not np.isfinite(logits).all():
+        raise PromptError("the mask prompt contains NaN, infinity or what is too large for float32; expected finite "
+                          "logits.")
+    return logits

@@ -10,11 +10,14 @@ from pocketsam.errors import MissingDependency, UnknownName
 
 
 class Package(NamedTuple):
-    """What must be installed: import name, distribution name, and the extra of pocketsam that brings it."""
+    """What must be installed: import name, distribution name, the extra of pocketsam that brings it, and other
+    distributions that bring the same.
+    """
 
     module: str
     distribution: str
     extra: str
+    others: tuple[str, ...] = ()
 
 
 class Needs(NamedTuple):
@@ -80,9 +83,10 @@ RUNTIME_FORMATS = {"onnxruntime": "onnx", "openvino": "openvino", "litert": "lit
 
 RUNTIME_PACKAGES = {
     "pytorch": Package("torch", "torch", "torch"),
-    "onnxruntime": Package("onnxruntime", "onnxruntime", "onnx"),
+    "onnxruntime": Package("onnxruntime", "onnxruntime", "onnx",
+                           ("onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-qnn")),
     "openvino": Package("openvino", "openvino", "openvino"),
-    "litert": Package("ai_edge_litert", "ai-edge-litert", "litert"),
+    "litert": Package("ai_edge_litert", "ai-edge-litert", "litert", ("tflite-runtime",)),
     "coreml": Package("coremltools", "coremltools", "coreml"),
 }
 

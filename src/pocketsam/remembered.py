@@ -12,9 +12,13 @@ from pocketsam.geometry import Frame
 from pocketsam.images import Rgb
 from pocketsam.runtime import Features, Runtime, Tensors
 
+# Bytes of answers that are kept; an image of side 1024 takes 36 MB. What comes after that is computed each time.
+LIMIT = 2 << 30
+
 
 class Remembered:
-    """A runtime that answers the same question once; for a reference that many candidates are compared with.
+    """A runtime that answers the same question once, as far as memory goes; for a reference that many candidates are
+    compared with.
 
     Args:
         runtime: the one that computes.
@@ -25,6 +29,7 @@ class Remembered:
         self.spec, self.slots = runtime.spec, runtime.slots
         self.clicks, self.click_workers = runtime.clicks, runtime.click_workers
         self._known: dict[str, dict[str, Any]] = {}
+        self._bytes = 0
 
     def encode(self, image: Rgb, frame: Frame) -> Features:
         return self._once({"image": image}, lambda: self.runtime.encode(image, frame))
@@ -45,6 +50,11 @@ class Remembered:
             digest.update(np.ascontiguousarray(value).data)
         key = digest.hexdigest()
         if key not in self._known:
-            self._known[key] = call()
+            answer = call()
+            size = sum(v.nbytes for v in answer.values())
+            if self._bytes + size > LIMIT:
+                return answer
+            self._known[key] = answer
+            self._bytes += size
         # The caller may write into arrays; what is remembered must stay as it was.
         return {k: v.copy() for k, v in self._known[key].items()}

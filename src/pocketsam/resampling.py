@@ -30,7 +30,7 @@ def _two_at_a_time(work: Callable[[int, int], None], count: int, pixels_each: in
         count: rows or columns.
         pixels_each: pixels of one of them; what is below one band in all is done at once.
     """
-    bands = max(1, count * pixels_each // BAND_PIXELS)
+    bands = max(1, min(count, count * pixels_each // BAND_PIXELS))
     edges = np.linspace(0, count, bands + 1).astype(int).tolist()
     if bands == 1:
         work(0, count)

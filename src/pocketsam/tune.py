@@ -23,7 +23,7 @@ from pocketsam.files import cache_root, staged_file
 from pocketsam.geometry import Frame
 from pocketsam.prompts import middle_click
 from pocketsam.registry import RECIPES, RUNTIME_FORMATS, RUNTIME_VARIABLES, missing_runtime
-from pocketsam.runtime import Runtime
+from pocketsam.runtime import Runtime, check_threads
 
 # What a user waits for: one image and a few clicks.
 CLICKS = 5
@@ -61,7 +61,11 @@ def tune(bundle: Bundle, threads: int | None = None, fresh: bool = False,
 
     Args:
         fresh: measure again even if there is a stored result.
+
+    Raises:
+        UsageError: threads is no whole number of at least 1.
     """
+    threads = check_threads(threads)
     store = cache_root() / "tune" / f"{_key(bundle, threads)}.json"
     if not fresh and (known := _read(store)) and all(_lasting(c) for c in known):
         return known

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape as escape
 from rich.table import Table
 
 # A pipe has no width: leave tables whole there instead of cutting them at 80 columns.
@@ -18,10 +19,6 @@ STARTED = time.perf_counter()
 
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON instead of a table.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; the engine's default when left out.")]
-
-
-def escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def table(*columns: str) -> Table:
