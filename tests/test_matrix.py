@@ -235,3 +235,21 @@ def test_threads_do_not_disturb_each_other(cases: Callable[[str], Case], runtime
 
     with ThreadPoolExecutor(4) as pool:
         assert max(pool.map(work, range(4))) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["lite0"])
+def test_the_example_of_the_documents(cases: Callable[[str], Case], model: str) -> None:
+    """docs/integrate.md, without PocketSAM, gives the predictor's mask."""
+    bundle = cases(model).bundle
+    text = (Path(__file__).parents[1] / "docs/integrate.md").read_text(encoding="utf-8")
+    code = text.split("```python\n")[1].split("```")[0]
+    photo = next(p for p in photo_paths() if p.name == "coffee.jpg")
+    names: dict[str, Any] = {}
+    exec(code.replace("src/pocketsam/assets/photos/coffee.jpg", str(photo)).replace("build/lite0.bundle", str(bundle)),
+         names)
+    sam = pocketsam.load(bundle, runtime="onnxruntime")
+    sam.set_image(photo)
+    found = sam.predict(points=[(290, 100)])
+    assert names["best"] - 1 == found.best
+    assert mask_iou(names["mask"], found.masks[found.best]) >= 0.999

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pocketsam import registry
 from pocketsam.benchmarks.run import RESULT
+from pocketsam.builtin import BUILTIN_MODEL
 from pocketsam.models.catalog import SPECS
 from pocketsam.models.checkpoints import CHECKPOINTS, licence_of
 
@@ -44,6 +45,26 @@ all code with a sibling whose outputs are compared.
 | model | side | resize | parameters, M | encoder, GFLOPs | weights licence | official file | proof |
 |---|---|---|---|---|---|---|---|
 """
+
+
+GRAPHS = """
+## What an app does around the graphs
+
+[integrate.md](integrate.md) explains it step by step; `model` in a bundle's `bundle.json` has all of this as data.
+*Photo*: `pad` scales the long side to the input side and pads right and bottom, `squash` stretches both. *Filter*: the
+resize of the official code, `pillow` and `antialias` with antialiasing, `bilinear` without. *Frame*: side of the square
+that points and boxes are scaled to. *Corners*: whether those of a box come before or after the points. *Padding point*
+(label -1): one unless there is a box, always one, or up to six points in all. *Features*: what the encoder hands to the
+decoder besides `image_embeddings`. *Mask*: whether the decoder takes `mask_input`. *Single*: the answer for a box or
+several points, token 0 or by SAM 2's rule of stability. *Click*: how many answers to a single click, the best three or
+the best one. *To the photo*: `frame` resizes logits to the frame, cuts the photo's part out and resizes that; `direct`
+and `cubic` resize once.
+
+"""
+HOST = ("model", "photo", "filter", "frame", "embedding", "features", "corners", "padding point", "mask", "single",
+        "click", "to the photo")
+GRAPHS += f"| {' | '.join(HOST)} |\n|{'---|' * len(HOST)}\n"
+PADDING = {"without_box": "without a box", "always": "always", "fill": "up to six"}
 
 
 MEASURED = """
@@ -84,6 +105,17 @@ def row(name: str) -> str:
     proof = "outputs" if name in FILES else "keys" if name in MANIFESTS else "code"
     return (f"| {name} | {spec.image_size} | {spec.resize} | {millions:.1f} | {gflops:.0f} | {licence_of(name)} | "
             f"{files} | {proof} |\n")
+
+
+def host_row(name: str) -> str:
+    """One line of the table of what an app does."""
+    spec = SPECS[name]
+    extra = [f"`{t.name}` {' x '.join(map(str, t.shape[1:]))}" for t in spec.feature_specs()[1:]]
+    cells = (name, spec.resize, spec.resampling, str(spec.frame_size), f"{spec.embed_dim} x {spec.embed_size} x "
+             f"{spec.embed_size}", ", ".join(extra) or "-", "before" if spec.box_first else "after",
+             PADDING[spec.padding], "yes" if spec.mask_prompt else "no", "stability" if spec.stability else "token 0",
+             "one" if spec.best_only else "three", spec.upscale)
+    return f"| {' | '.join(cells)} |\n"
 
 
 def measurements(folder: Path | None) -> dict[str, dict[str, Any]]:
@@ -194,8 +226,9 @@ def document(names: list[str], measured: dict[str, dict[str, Any]], before: str 
     shown = {n: measured[n] for n in names if n in measured}
     earlier = Earlier.read(before).without(measured)
     rows = [earlier.rows.get(n) or speed_row(n, shown.get(n)) for n in names]
-    return (HEAD + "".join(row(n) for n in names) + MEASURED + "".join(rows) + conditions(shown, earlier)
-            + refusals(shown, earlier))
+    hosts = "".join(host_row(n) for n in (BUILTIN_MODEL, *names))
+    return (HEAD + "".join(row(n) for n in names) + GRAPHS + hosts + MEASURED + "".join(rows)
+            + conditions(shown, earlier) + refusals(shown, earlier))
 
 
 if __name__ == "__main__":
@@ -203,7 +236,7 @@ if __name__ == "__main__":
     parser.add_argument("target", type=Path, nargs="?", default=ROOT / "docs" / "models.md")
     parser.add_argument("--measured", type=Path, help="Folder that tools/bench_docs.py filled.")
     args = parser.parse_args()
-    names = [n for n in registry.MODELS if n != "lite0"]
+    names = [n for n in registry.MODELS if n != BUILTIN_MODEL]
     before = args.target.read_text(encoding="utf-8") if args.target.exists() else ""
     args.target.write_text(document(names, measurements(args.measured), before), encoding="utf-8")
     print(f"wrote {args.target}: {len(names)} models")
