@@ -151,8 +151,8 @@ def _method(result: dict[str, Any]) -> str:
     return ("<h2>Method</h2><p>One process per row, pinned to as many cores as it has threads; targets take turns "
             f"round by round ({html.escape(str(s.get('rounds', '?')))} rounds, settings {html.escape(str(s))}). A call "
             "includes reading the result back. Ratios are medians over rounds of the ratio to PyTorch eager in the "
-            "same round, with a 95 % bootstrap interval. Spread is (p90 - p50) / p50. Peak memory is that of a process with "
-            "both graphs. The floor is the larger of FLOPs / measured GEMM rate and bytes / measured bandwidth.</p>")
+            "same round, with a 95 % bootstrap interval. Spread is (p90 - p50) / p50. Peak memory is that of a process "
+            "with both graphs. The floor is the larger of FLOPs / measured GEMM rate and bytes / measured bandwidth.</p>")
 
 
 def _name(result: dict[str, Any], row: dict[str, Any], several: bool) -> str:
