@@ -152,7 +152,8 @@ def _method(result: dict[str, Any]) -> str:
             f"round by round ({html.escape(str(s.get('rounds', '?')))} rounds, settings {html.escape(str(s))}). A call "
             "includes reading the result back. Ratios are medians over rounds of the ratio to PyTorch eager in the "
             "same round, with a 95 % bootstrap interval. Spread is (p90 - p50) / p50. Peak memory is that of a process "
-            "with both graphs. The floor is the larger of FLOPs / measured GEMM rate and bytes / measured bandwidth.</p>")
+            "with both graphs. The floor is the larger of FLOPs / measured GEMM rate and bytes / measured "
+            "bandwidth.</p>")
 
 
 def _name(result: dict[str, Any], row: dict[str, Any], several: bool) -> str:
