@@ -73,8 +73,9 @@ torch.onnx.export and ORT dynamic int8 are what a plain exporter ships: the mode
 with default options, and ONNX Runtime's dynamic quantization of it. The row transformers is Hugging Face's SamModel in
 PyTorch, with random weights.
 
-Where Core ML's fp16 has an agreement of 0, activations of untrained weights leave the range of fp16 (5 million in
-EfficientViT-SAM XL1); an export refuses such a file by its gate, which is off here.
+Where Core ML's fp16, and int8, whose float layers compute in fp16, have an agreement of 0, activations of untrained
+weights leave the range of fp16 (5 million in EfficientViT-SAM XL1); an export refuses such files by its gate, which is
+off here.
 """
 UNTRAINED = """\
 Deterministic, untrained weights: times and sizes are a trained model's, masks and agreement are not. Which layers int8
