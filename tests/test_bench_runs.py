@@ -236,7 +236,8 @@ def test_an_interrupted_run_never_passes_off_an_earlier_one(cli: Run, toy_bundle
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     def stops(targets: list[Target], plan: Plan, report: Any, keep: Callable[..., None]) -> None:
         if measured:
-            keep([Measured(t, status="stopped") for t in targets], {"rounds": 1})
+            keep([Measured(t, status="stopped") for t in targets],
+                 {"rounds": 1, "repeated": 0, "disturbed": 0, "probe_spread": 0.0})
         raise KeyboardInterrupt
 
     monkeypatch.setattr(latency, "measure", stops)

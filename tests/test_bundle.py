@@ -96,7 +96,7 @@ def test_newer_schema(bundle: Path) -> None:
         {"format": []}, {"precision": None}, {"key": 1}, {"path": "a\0b"}, {"path": "\ud800"}, {"path": "x" * 300},
         {"measured": []}, {"measured": {"all": 1}}, {"measured": {"all": {"mean": "x"}}},
         {"measured": {"all": {"mean": 10**400}}},
-        {"measured": {"gate": "abc"}}, {"measured": {"gate": 2}}, {"quantization": 3})],
+        {"measured": {"gate": "abc"}}, {"measured": {"gate": 3}}, {"quantization": 3})],
     *[lambda d, v=v: d["model"].update(v) for v in (
         {"mean": [1e9, 0, 0]}, {"mean": [-1, 0, 0]}, {"std": [1e9, 1, 1]}, {"prompt_size": -4}, {"prompt_size": True},
         {"hq_channels": -1}, {"max_points": -1}, {"stability": ["a", "b"]}, {"stability": [10**400, 1]},

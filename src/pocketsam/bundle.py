@@ -210,9 +210,9 @@ def _check(row: Artifact) -> None:
         raise ValueError("a tensor's shape is no list")
     if not isinstance(row.measured, dict) or not isinstance(row.quantization, dict):
         raise ValueError("the measurements of an artifact are no table")
-    for name, value in (("a mask agreement", row.agreement), ("a gate", row.measured.get("gate", 0))):
-        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ValueError(f"{name} is no number from 0 to 1")
+    for name, value, most in (("a mask agreement", row.agreement, 1), ("a gate", row.measured.get("gate", 0), 2)):
+        if not isinstance(value, (int, float)) or not 0 <= value <= most:
+            raise ValueError(f"{name} is no number from 0 to {most}")
 
 
 def _parse(root: Path, data: dict[str, Any]) -> Bundle:
