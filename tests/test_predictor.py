@@ -177,7 +177,7 @@ def test_raw_prompts_that_cannot_be_used(sam: Predictor) -> None:
         sam.predict(mask=np.full((32, 32), 1e300))
 
 
-@pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (11, [1] * 11), (12, [16]), (16, [16]), (19, [16, 1, 1, 1]),
+@pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (13, [1] * 13), (14, [16]), (16, [16]), (19, [16, 1, 1, 1]),
                                               (30, [16, 16])])
 def test_a_batch_is_filled_up_when_that_is_faster(count: int, sizes: list[int]) -> None:
     asked: list[int] = []
