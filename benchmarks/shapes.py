@@ -12,7 +12,7 @@ TIMES = {"p50_ms": NUMBER, "spread": NUMBER, "?min_ms": NUMBER, "?p90_ms": NUMBE
          "?first_ms": NUMBER, "?times_pytorch": RATIO, "?times_against": {**RATIO, "?to": str},
          "?floor": {"?times_floor": NUMBER}}
 MASKS = {"prompts": int, "mean": NUMBER, "p5": NUMBER, "worst": NUMBER}
-ROW = {"runtime": str, "?format": str, "precision": str, "threads": int, "status": str, "?compute": str,
+ROW = {"runtime": str, "format": str, "precision": str, "threads": int, "status": str, "?compute": str,
        "?version": str, "?encoder": TIMES, "?decoder": TIMES, "?bytes": {"*": NUMBER}, "?load_ms": NUMBER,
        "?peak_mb": NUMBER, "?slower_than": str, "?fallbacks": int, "?float_layers": {"*": int},
        "?agreement": {"?all": {"mean": NUMBER}, "?box": MASKS, "?point": MASKS, "?flip_rate": NUMBER}}

@@ -161,12 +161,13 @@ def _check_official(path: Path, state: StateDict) -> None:
 def _unwrap(data: Any, path: Path) -> StateDict:
     # A dictionary may hold itself.
     for _ in WRAPPERS:
-        inner = next((data[k] for k in WRAPPERS if isinstance(data.get(k), dict)), None) if _is_dict(data) else None
+        held = data if isinstance(data, dict) else {}
+        inner = next((held[k] for k in WRAPPERS if isinstance(held.get(k), dict)), None)
         # Numbers of a training run may lie beside the weights, tensors among them.
         if inner is None or (_tensors(data) > _tensors(inner) and _tensors(inner)):
             break
         data = inner
-    if not _is_dict(data) or not _tensors(data):
+    if not isinstance(data, dict) or not _tensors(data):
         raise CheckpointError(f"checkpoint {path} holds no weights; expected a state dict, bare or wrapped in one of "
                               f"{', '.join(WRAPPERS)}.")
     tensors = {str(k): v for k, v in data.items() if isinstance(v, Tensor)}
@@ -175,10 +176,6 @@ def _unwrap(data: Any, path: Path) -> StateDict:
         inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         tensors = inside if 2 * len(inside) > len(tensors) else tensors
     return tensors
-
-
-def _is_dict(data: Any) -> bool:
-    return isinstance(data, dict)
 
 
 def _tensors(data: Any) -> int:

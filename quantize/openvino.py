@@ -78,14 +78,13 @@ class OpenVinoQuantizer:
             logits = spell_out(model, set(self._attention(model)) - keep)
             computed = {*self._computed(model), *self._tables(model)}.difference(logits)
             ignored = nncf.IgnoredScope(names=sorted(computed | keep), validate=False)
+            layers = self._rounded(model)
             if self.job.recipe == "int8-weights":
-                layers = self._rounded(model)
                 done = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=ignored)
                 for operator in done.get_ordered_ops():
                     if (name := operator.get_friendly_name()) in layers:
                         _recompress(operator, *layers[name])
             else:
-                layers = self._rounded(model)
                 done = self._quantized(model, layers, ignored)
                 make_signed(done, logits)
                 if self.job.prepared is not None:

@@ -74,7 +74,7 @@ class ModelTeacher:
         with torch.no_grad():
             features = repeat(self.features, self.regions)
             taught, ranks, *_ = self.model.decode(features, prompts.coords * self.scale, prompts.labels, None, None,
-                                              fixed_slots=True)
+                                                  fixed_slots=True)
             taught = _resize(taught.float(), (logits.shape[-2], logits.shape[-1]))
         errors = divergence(logits, taught) + (scores - ranks.float()) ** 2
         return self.logits * per_prompt(errors, prompts.ambiguous).mean()

@@ -72,7 +72,7 @@ def build_cache(paths: Sequence[Path], size: int, workers: int = 2, limit: int |
                 labels.extend(layers)
                 cache.content.append(content)
                 cache.sources.append(sample.source)
-                cache.regions.append(sum(len(torch.unique(layer[layer > 0])) for layer in layers))
+                cache.regions.append(sum(int(layer.max()) for layer in layers))
     cache.images = torch.stack(images)
     cache.labels = torch.stack(labels) if labels else torch.zeros(0, size, size, dtype=torch.int16)
     return cache

@@ -74,7 +74,7 @@ def answer(model: SegmentAnything, features: Features, prompts: Prompts, mask: T
     """Decode M prompts with the previous logits (M, h, w) fed back: float32 logits (M, 4, h, w) and scores (M, 4)."""
     flags = None if mask is None else torch.ones(len(mask), device=mask.device)
     logits, scores, *_ = model.decode(features, prompts.coords, prompts.labels, None if mask is None else mask[:, None],
-                                  flags, fixed_slots=True)
+                                      flags, fixed_slots=True)
     return logits.float(), scores.float()
 
 

@@ -81,6 +81,7 @@ class Settings:
             object.__setattr__(self, name, int(value))
         if not _within(self.stability_offset, sys.float_info.max):
             raise UsageError(f"stability_offset is {self.stability_offset}; expected 0 or more.")
+        object.__setattr__(self, "stability_offset", float(self.stability_offset))
         if self.side(self.crop_layers) < 1:
             raise UsageError(f"{self.points_per_side} points per side divided by {self.crop_points_divide} for each of "
                              f"{self.crop_layers} crop layers leaves no point; use more points or fewer layers.")
