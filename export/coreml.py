@@ -6,12 +6,9 @@ Conversion runs on any system; ``pocketsam.runtimes.mil`` proves the result wher
 from __future__ import annotations
 
 import importlib
-import io
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from torch import Tensor, nn
 
 from pocketsam.batching import ENTRY_BATCHES
 from pocketsam.export.graphs import EncoderGraph, Graph, example_inputs
+from pocketsam.quiet import quiet
 from pocketsam.specs import GraphSpec
 
 # Layers with weights: what stands between a graph input and the first of them handles raw pixels and coordinates.
@@ -203,19 +201,3 @@ def coremltools() -> Any:
     """The untyped coremltools package, imported without its remarks about torch versions and macOS."""
     with quiet():
         return importlib.import_module("coremltools")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Progress bars (all that is written to stderr), version remarks and warnings off; errors are raised as ever."""
-    loggers = [logging.getLogger(n) for n in ("coremltools", "torch.utils._pytree", "torchao")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

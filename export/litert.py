@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -17,10 +15,11 @@ from torch import Tensor, nn
 
 from pocketsam.batching import ENTRY_BATCHES
 from pocketsam.export.graphs import Graph, example_inputs
+from pocketsam.quiet import quiet
 from pocketsam.specs import GraphSpec
 
 # Settings of the converter's C++ part: no remarks, and no graphics card.
-QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+SETTINGS = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
 
 
 class LiteRtExporter:
@@ -44,7 +43,7 @@ class LiteRtExporter:
     @staticmethod
     def export(graph: Graph, spec: GraphSpec, precision: str, path: Path) -> None:
         """Convert one graph and write it."""
-        with _quiet(), torch.no_grad():
+        with litert_quiet(), torch.no_grad():
             if precision == "fp32":
                 _convert(graph, spec, path)
                 return
@@ -101,18 +100,13 @@ def _half_weights(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """litert-torch prints a line per pass, the quantizer draws bars, and the C++ part logs to standard error."""
-    added = {k: v for k, v in QUIET.items() if k not in os.environ}
+def litert_quiet() -> Iterator[None]:
+    """:func:`pocketsam.quiet.quiet`, with the settings of the C++ part, which writes to standard error itself."""
+    added = {k: v for k, v in SETTINGS.items() if k not in os.environ}
     os.environ.update(added)
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
     try:
-        with (warnings.catch_warnings(), open(os.devnull, "w", encoding="utf-8") as sink,  # noqa: PTH123
-              contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink)):
-            warnings.simplefilter("ignore")
+        with quiet():
             yield
     finally:
-        logging.disable(level)
         for name in added:
             os.environ.pop(name, None)

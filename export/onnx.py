@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
@@ -14,6 +10,7 @@ import torch
 
 from pocketsam.bundle import onnx_file
 from pocketsam.export.graphs import Graph, bytes_of, example_inputs
+from pocketsam.quiet import quiet
 from pocketsam.specs import GraphSpec
 
 OPSET = 20
@@ -48,7 +45,7 @@ class OnnxExporter:
         shapes = tuple({0: batch} if isinstance(t.shape[0], str) else None for t in spec.inputs)
         # Graphs with a batch take *inputs, which torch.export sees as one tuple.
         dynamic = (shapes,) if spec.batched else None
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 graph, inputs, dynamo=True, opset_version=OPSET, input_names=spec.input_names,
                 output_names=spec.output_names, dynamic_shapes=dynamic, verbose=False, optimize=True)
@@ -76,17 +73,3 @@ def _finish(path: Path, spec: GraphSpec) -> None:
     onnx.save(model, str(path))
     # By its path, because weights may lie beside it.
     onnx.checker.check_model(str(path), full_check=False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns about torchvision, tree specs and renamed sizes; none concerns the user."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pocketsam.errors import UnsupportedModel
-from pocketsam.export.coreml import PlanarImage, convert, coremltools, quiet, save, temporary_folder
+from pocketsam.export.coreml import PlanarImage, convert, coremltools, save, temporary_folder
 from pocketsam.quantize.channels import Form
 from pocketsam.quantize.correction import Layer
 from pocketsam.quantize.grid import Grid, Weighted
 from pocketsam.quantize.hooks import Hook, hooked
 from pocketsam.quantize.ranges import UINT8, affine
 from pocketsam.quantize.recipes import Job
+from pocketsam.quiet import quiet
 from pocketsam.runtimes.mil.program import load_package
 
 WEIGHTED = ("conv", "conv_transpose", "linear")

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from pocketsam.batching import ENTRY_BATCHES
 from pocketsam.errors import UnsupportedModel
-from pocketsam.export.litert import _quiet as quiet
-from pocketsam.export.litert import signature_name
+from pocketsam.export.litert import litert_quiet, signature_name
 from pocketsam.quantize.grid import Grid
 from pocketsam.quantize.litert_file import compact
 from pocketsam.quantize.recipes import Job
@@ -81,7 +80,7 @@ class LiteRtQuantizer:
 
     def write(self, path: Path, keep: frozenset[str] = frozenset()) -> None:
         """Write the quantized flatbuffer, with the operators that write the tensors of ``keep`` in float."""
-        with quiet():
+        with litert_quiet():
             from ai_edge_quantizer.calibrator import CalibrationMode
 
             tool = self._tool(keep)

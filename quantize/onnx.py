@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +19,7 @@ from pocketsam.quantize.onnx_ranges import write_ranges
 from pocketsam.quantize.onnx_sums import SUMS, sum_in_float
 from pocketsam.quantize.recipes import Job, narrow_grid
 from pocketsam.quantize.tables import SMALLEST, Table, along, in_8_bits, is_table
+from pocketsam.quiet import quiet
 
 if TYPE_CHECKING:
     from pocketsam.quantize.channels import Form
@@ -175,14 +173,3 @@ def _save(model: Any, path: Path) -> None:
     del graph.initializer[:]
     graph.initializer.extend(left)
     onnx.save(model, str(path))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """The tools log advice through the root logger; errors are raised as ever."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(level)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +17,7 @@ from pocketsam.quantize.openvino_attention import global_attention, make_signed,
 from pocketsam.quantize.openvino_ranges import leave_to_layers, set_range
 from pocketsam.quantize.recipes import Job, narrow_grid
 from pocketsam.quantize.tables import in_8_bits, is_table
+from pocketsam.quiet import quiet
 
 if TYPE_CHECKING:
     from pocketsam.quantize.channels import Form
@@ -253,24 +251,3 @@ def _behind(node: Any) -> Any:
 
 def _constant(node: Any) -> bool:
     return bool(_behind(node).get_type_name() == "Constant")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """NNCF draws progress bars and logs its choices; errors are raised as ever."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with _no_bars():
-            yield
-    finally:
-        logging.disable(level)
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    import io
-    from contextlib import redirect_stderr, redirect_stdout
-
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        yield
