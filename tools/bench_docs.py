@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -116,7 +117,7 @@ def measure(model: str, args: argparse.Namespace) -> None:
     bundle = args.work / f"{model}.bundle"
     weights = checkpoint_for(model, checkpoint)
     if not holds_everything(bundle, sha256_file(weights)):
-        export(model, checkpoint, bundle, folder, args.calibration)
+        export_apart(model, checkpoint, bundle, folder, args.calibration)
     led = model in MODELS
     plain = args.work / f"{model}.rivals" / sha256_file(weights)[:12]
     others = rival_targets(model, weights, plain) if led else ()
@@ -139,6 +140,15 @@ def measure(model: str, args: argparse.Namespace) -> None:
 def finished(result: dict[str, Any]) -> bool:
     """Whether a result is complete and got what is added after the run: ``trained`` is the last of it."""
     return result["complete"] and "trained" in result["model"]
+
+
+def export_apart(*arguments: Any) -> None:
+    """:func:`export` in a process that ends, for it may keep 13 GB that the rows of SAM ViT-H want."""
+    process = multiprocessing.get_context("spawn").Process(target=export, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"The export of {arguments[0]} failed, see above.")
 
 
 def export(model: str, checkpoint: Path | None, bundle: Path, folder: Path, calibration: Path | None) -> None:
