@@ -30,8 +30,8 @@ GRAPHS = ("encoder", "decoder")
 TOLERANCE = 0.2
 # Of 200,000 numbers: one to ten milliseconds each.
 PROBE_SORTS = 5
-# Share of the available memory that processes may hold between their turns.
-ROOM = 0.5
+# Share of the available memory that all processes together may hold at any time.
+ROOM = 0.8
 Report = Callable[[str], None]
 
 
@@ -146,6 +146,7 @@ def _open_once(row: Measured, cache: Path, report: Report) -> None:
     worker = Worker(row.target, cache)
     worker.close()
     if "problem" not in worker.facts:
+        row.peak_mb = worker.facts["peak_mb"]
         first = worker.facts["first_ms"]
         row.cold = {"load_ms": worker.facts["load_ms"], **{f"first_{g}_ms": first[g] for g in GRAPHS}}
 
@@ -160,26 +161,43 @@ def _opened(rows: list[Measured], caches: list[Path], report: Report) -> Iterato
     """Row index -> its worker; what cannot be opened becomes a status, and what finds no room a guest."""
     workers: dict[int, Worker] = {}
     available = available_mb()
-    room, held = float("inf") if available is None else ROOM * available, 0.0
+    room = float("inf") if available is None else ROOM * available
     try:
         for i, row in enumerate(rows):
             if not is_timed(row.target):
                 row.status = EVALUATOR_NOTE
                 continue
             report(f"opening {row.target.label}")
+            # What it will take is known from the cold start, or guessed by the others.
+            _make_room(rows, workers, room, row.peak_mb or max((rows[k].peak_mb for k in workers), default=0.0))
             worker = Worker(row.target, caches[i])
             if "problem" in worker.facts:
-                row.status = str(worker.facts["problem"])
+                row.status, row.peak_mb = str(worker.facts["problem"]), 0.0
                 worker.close()
                 continue
             row.facts, row.peak_mb = worker.facts, worker.facts["peak_mb"]
-            row.resident = held + row.peak_mb <= room
-            workers[i] = worker if row.resident else Guest(worker)
-            held += row.peak_mb if row.resident else 0.0
+            workers[i] = worker
+            _make_room(rows, workers, room, 0.0)
         yield workers
     finally:
         for worker in workers.values():
             worker.close()
+
+
+def _make_room(rows: list[Measured], workers: dict[int, Worker], room: float, coming: float) -> None:
+    """Turn workers into guests, the largest first, until the others fit beside the largest guest, or what is coming.
+
+    Args:
+        coming: megabytes of one that is about to be opened.
+    """
+    by_size = sorted((i for i in workers if rows[i].resident), key=lambda i: rows[i].peak_mb)
+    while by_size:
+        staying = sum(rows[i].peak_mb for i in by_size)
+        guests = [rows[i].peak_mb for i in workers if not rows[i].resident]
+        if staying + max([coming, *guests]) <= room:
+            return
+        i = by_size.pop()
+        rows[i].resident, workers[i] = False, Guest(workers[i])
 
 
 def _rounds(rows: list[Measured], workers: dict[int, Worker], plan: Plan, report: Report,
