@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pocketsam.quantize.correction import Layer
 
 # Signal to noise of the features in decibels that is good enough, by docs/adr/0006.
-ENOUGH = 27.0
+ENOUGH = 24.5
 # A layer below this, alone, may get scales.
 ALONE = 38.0
 # Neighbours that are rounded at once first; above this they are harmless, and asked one by one when it is their turn.
